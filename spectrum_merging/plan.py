@@ -10,6 +10,7 @@ __all__ = ['mixture', 'Plan', 'name_models', 'preflight', 'check_values', 'make_
 
 # %% ../nbs/40_plan.ipynb #00000002
 import hashlib, json, numpy as np, os, pandas as pd, torch
+from io import StringIO
 from pathlib import Path
 from . import __version__
 from .checkpoint import Checkpoint
@@ -163,9 +164,7 @@ def _decide(s, strategy, threshold, top, paper):
     peak = s.max(axis=1)
     cut = -np.inf if top==100 and not paper else cut_value(peak.to_numpy(), threshold, top)
     coefs = strategy.f(s.to_numpy(), (peak > cut).to_numpy())
-    words = [mixture(dict(zip(['base',*s], c))) for c in coefs]
-    reasons = [f"max SNR {p:.4g} ({s.columns[i]}) {'>' if p>cut else '≤'} {cut:.4g}: {w}"
-        for p,i,w in zip(peak, s.to_numpy().argmax(1), words)]
+    reasons = [f"largest SNR {p:.4g} ({s.columns[i]}) {'>' if p>cut else '≤'} {cut:.4g}" for p,i in zip(peak, s.to_numpy().argmax(1))]
     return pd.DataFrame(coefs, s.index, ['base',*s]),cut,pd.Series(reasons, s.index)
 
 def _rows(units, models, follows, decided, s, strategy_name):
@@ -175,14 +174,14 @@ def _rows(units, models, follows, decided, s, strategy_name):
     for k,(unit,role) in units[['unit','role']].iterrows():
         row = dict(name=k, unit=unit, role=role, op='linear')
         if role=='head' and follows is not None:
-            for m in models: yield row | dict(name=f'{k}@{m}', base=0.) | {o: float(o==m) for o in models} | dict(reason=f'head of {m}: kept per task')
+            for m in models: yield row | dict(name=f'{k}@{m}', base=0.) | {o: float(o==m) for o in models} | dict(reason='head kept per task')
         elif role=='buffer' and follows is not None:
             yield row | dict(base=0.) | {o: float(o==next(iter(models))) for o in models} | dict(reason='the same integers in every model')
         elif (key := k if follows is None else unit) in coefs.index:
             yield row | coefs.loc[key].to_dict() | {f'snr_{m}': s.loc[key,m] for m in models} | dict(reason=reasons[key])
         else:
-            why = 'standard' if strategy_name=='standard' else 'not decided' if follows is None else 'no matrix in this unit'
-            yield row | average | dict(reason=f'{why}: average')
+            why = 'average everywhere' if strategy_name=='standard' else 'not decided by the paper' if follows is None else 'no matrix in this unit'
+            yield row | average | dict(reason=why)
 
 def make_plan(
     strategy:str, # One of `strategies`
@@ -235,7 +234,7 @@ def explain(
     rows = t[(t.name==name) | (t.unit==name) | (t.name.map(_tensor_name)==name)]
     if not len(rows): raise KeyError(f"the plan has no tensor or unit {name!r}; see plan.table.name")
     how = ', '.join(f'{k}={self.meta[k]}' for k in ('strategy','protocol','estimator','of','threshold','top') if k in self.meta)
-    return '\n'.join([how] + [f"{r['name']} ({r['role']} of {r['unit']}): {mixture(self.coefs(r))}. {r['reason']}" for _,r in rows.iterrows()])
+    return '\n'.join([how] + [f"{r['name']} ({r['role']} of {r['unit']}): {mixture(self.coefs(r))} ({r['reason']})" for _,r in rows.iterrows()])
 
 def diff(
     self:Plan,
@@ -276,7 +275,9 @@ def load(
     try: meta = json.loads(head.removeprefix('#'))
     except json.JSONDecodeError as e: raise ValueError(f"{path} is no plan: its first line is no JSON ({e})") from e
     if not head.startswith('#') or 'models' not in meta: raise ValueError(f"{path} is no plan: its first line does not name the models")
-    from io import StringIO
-    return Plan(pd.read_csv(StringIO(rest), float_precision='round_trip', keep_default_na=False, na_values=['']), meta)
+    table = pd.read_csv(StringIO(rest), dtype=str, keep_default_na=False)
+    for k in [o for o in table if o=='base' or o in meta['models'] or o.startswith('snr_')]:
+        table[k] = table[k].map(lambda o: float(o or 'nan'))
+    return Plan(table, meta)
 
 Plan.save,Plan.load = save,staticmethod(load)

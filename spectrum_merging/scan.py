@@ -8,7 +8,7 @@ Docs: https://spectrum.github.io/spectrum-merging/scan.html.md"""
 __all__ = ['resolve_of', 'scan']
 
 # %% ../nbs/20_scan.ipynb #00000002
-import os, pandas as pd, torch
+import pandas as pd, torch
 from concurrent.futures import ThreadPoolExecutor
 from tqdm.auto import tqdm
 from .checkpoint import Checkpoint
@@ -61,7 +61,7 @@ def scan(
     *,
     estimator:str='mp', # 'mp', 'paper_nlp', 'paper_vision' or 'spectrum'
     of:str=None, # 'weights' or 'update'; by default the update where there is a base
-    n_workers:int=None, # Layers measured side by side; by default one per core
+    n_workers:int=None, # Layers measured side by side; by default as many as torch has threads
     progress:bool=True, # Show a progress bar
 ) -> pd.DataFrame: # One row per matrix: name, unit, role, shape, snr and, for 'mp', the rest of `Spectrum`
     "Measure every matrix of a model. Raises what `Checkpoint`, `snr` and `resolve_of` raise"
@@ -74,7 +74,7 @@ def scan(
     if not names: raise ValueError(f"{model.label} holds no matrix to measure")
     size = lambda k: torch.Size(infos[k].shape).numel()
     jobs = sorted(names, key=lambda k: -size(k)*min(infos[k].shape[0], size(k)//infos[k].shape[0]))
-    found = _map_single_threaded(lambda k: _measure(k, model, base, estimator), jobs, n_workers or len(os.sched_getaffinity(0)))
+    found = _map_single_threaded(lambda k: _measure(k, model, base, estimator), jobs, n_workers or torch.get_num_threads())
     rows = dict(zip(jobs, tqdm(found, total=len(jobs), desc='scan', unit='layer', disable=not progress, leave=False)))
     res = pd.DataFrame([dict(name=k, unit=units.unit[k], role=units.role[k], shape=infos[k].shape, **rows[k]) for k in names])
     res.attrs.update(estimator=estimator, of=of, source=model.label)
