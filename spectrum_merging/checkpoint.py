@@ -7,7 +7,7 @@ Docs: https://spectrum.github.io/spectrum-merging/checkpoint.html.md"""
 # %% auto #0
 __all__ = ['TensorInfo', 'Checkpoint']
 
-# %% ../nbs/10_checkpoint.ipynb #00000002
+# %% ../nbs/10_checkpoint.ipynb #00000003
 import json, torch
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-# %% ../nbs/10_checkpoint.ipynb #00000005
+# %% ../nbs/10_checkpoint.ipynb #00000006
 @dataclass(frozen=True)
 class TensorInfo:
     "Shape and dtype of a tensor that has not been read"
@@ -40,7 +40,7 @@ def _open_file(path):
         return TensorInfo(tuple(s.get_shape()), getattr(torch, _dtypes[s.get_dtype()])), partial(f.get_tensor, k)
     return {k: entry(k) for k in f.keys()}
 
-# %% ../nbs/10_checkpoint.ipynb #00000007
+# %% ../nbs/10_checkpoint.ipynb #00000008
 def _open_shards(index):
     "`{name: (info, reader)}` of the shards that the index file `index` lists"
     try: where = json.loads(index.read_text(encoding='utf-8'))['weight_map']
@@ -66,22 +66,23 @@ def _open_folder(d):
             "and save them with save_pretrained(..., safe_serialization=True) or safetensors.torch.save_file")
     raise FileNotFoundError(f"{d} holds no model.safetensors, neither whole nor in shards")
 
-# %% ../nbs/10_checkpoint.ipynb #00000008
+# %% ../nbs/10_checkpoint.ipynb #00000009
 def _open_path(src):
-    "`{name: (info, reader)}` of a file, a folder or a hub id"
+    "`{name: (info, reader)}` of a file, a folder or a hub id, and the folder"
     p = Path(src).expanduser()
-    if p.is_dir(): return _open_folder(p)
+    if p.is_dir(): return _open_folder(p),p
     if p.is_file():
-        if p.name.endswith('.index.json'): return _open_shards(p)
+        if p.name.endswith('.index.json'): return _open_shards(p),p.parent
         if p.suffix!='.safetensors':
             raise ValueError(f"{p} is no .safetensors file: load it with torch.load(..., weights_only=True) and pass the state dict")
-        return _open_file(p)
+        return _open_file(p),None
     if isinstance(src, Path) or len(p.parts)!=2 or str(src).startswith(('/','.','~')):
         raise FileNotFoundError(f"{src} does not exist: pass a .safetensors file, a folder that holds one, or a hub id like 'org/name'")
     from huggingface_hub import snapshot_download
-    try: return _open_folder(Path(snapshot_download(str(src), allow_patterns=['*.safetensors', '*.json', '*.txt', '*.model'])))
-    except OSError as e:
+    try: folder = Path(snapshot_download(str(src), allow_patterns=['*.safetensors', '*.json', '*.txt', '*.model']))
+    except (OSError, ValueError) as e:
         raise FileNotFoundError(f"{src} is neither a path here nor a hub id that can be reached now ({e})") from e
+    return _open_folder(folder),folder
 
 def _open_memory(src):
     "`{name: (info, reader)}` of a module or a mapping"
@@ -100,18 +101,20 @@ def _aliases(sd):
         if first.setdefault(key, k)!=k: res[k] = first[key]
     return res
 
-# %% ../nbs/10_checkpoint.ipynb #0000000a
+# %% ../nbs/10_checkpoint.ipynb #0000000b
 class Checkpoint:
     "Names, shapes and dtypes of a model's tensors, and the tensors on demand"
     def __init__(self,
         src, # Module, mapping of tensors, `.safetensors` file, shard index, folder, hub id, or a `Checkpoint`
     ):
         "Open `src`. Raises `FileNotFoundError`, `ValueError` (damaged, pickled, empty) or `TypeError`"
-        self.aliases = {} # Tied tensors: `{name: first name}`
-        self.label = type(src).__name__
-        if isinstance(src, Checkpoint): self.label,self._entries,self.aliases = src.label,src._entries,src.aliases
+        self.aliases = {} # Tied tensors in memory: `{name: first name}`
+        self.label,self.folder = type(src).__name__,None # For messages; where configuration and tokenizer lie
+        if isinstance(src, Checkpoint): self.__dict__.update(src.__dict__)
         elif isinstance(src, (nn.Module, Mapping)): self._entries,self.aliases = _open_memory(src)
-        elif isinstance(src, (str, Path)): self.label,self._entries = str(src),_open_path(src)
+        elif isinstance(src, (str, Path)):
+            self.label = str(src)
+            self._entries,self.folder = _open_path(src)
         else: raise TypeError(f"cannot open a {type(src).__name__} as a model: pass a module, a state dict, a path or a hub id")
         if not self._entries: raise ValueError(f"{self.label} holds no tensors")
 

@@ -83,11 +83,9 @@ def task_state(
     return {k.partition('@')[0]: v for k,v in merged.items() if '@' not in k or k.endswith(f'@{task}')}
 
 # %% ../nbs/60_merge.ipynb #00000011
-def _small_files(label):
+def _small_files(folder):
     "Configuration and tokenizer files of a model folder"
-    d = Path(label)
-    if not d.is_dir(): return []
-    return [o for o in sorted(d.iterdir()) if o.is_file() and not o.name.endswith('.index.json')
+    return [o for o in sorted(folder.iterdir() if folder else []) if o.is_file() and not o.name.endswith('.index.json')
         and o.suffix in ('.json','.txt','.model','.jinja','.py') and o.stat().st_size < 50_000_000]
 
 def save_merged(
@@ -107,11 +105,12 @@ def save_merged(
             if head: save_file(head, tmp/f'heads/{task}.safetensors', meta)
         if not any((tmp/'heads').iterdir()): (tmp/'heads').rmdir()
         plan.save(tmp/'plan.csv')
-        for o in _small_files(next(iter(models.values())).label): shutil.copy(o, tmp)
+        for o in _small_files(next(iter(models.values())).folder): shutil.copy(o, tmp)
         os.rename(tmp, out)
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return out
 
+# %% ../nbs/60_merge.ipynb #00000012
 def load_task(
     out, # Folder written by `merge`
     task:str=None, # Whose head to take; not needed where heads were merged

@@ -7,7 +7,7 @@ Docs: https://spectrum.github.io/spectrum-merging/scan.html.md"""
 # %% auto #0
 __all__ = ['resolve_of', 'scan']
 
-# %% ../nbs/20_scan.ipynb #00000002
+# %% ../nbs/20_scan.ipynb #00000003
 import pandas as pd, torch
 from concurrent.futures import ThreadPoolExecutor
 from tqdm.auto import tqdm
@@ -15,7 +15,7 @@ from .checkpoint import Checkpoint
 from .spectrum import as_matrix, check_estimator, snr, spectrum
 from .units import find_units, is_matrix
 
-# %% ../nbs/20_scan.ipynb #00000005
+# %% ../nbs/20_scan.ipynb #00000006
 def resolve_of(
     of:str, # 'weights', 'update' or None
     base=None, # The model that the experts were fine-tuned from
@@ -39,7 +39,7 @@ def _measure(name, model, base, estimator):
     s = spectrum(W, name=name)
     return {k: getattr(s, k) for k in ('snr','snr_ratio','n_spikes','sigma','edge','stable_rank','effective_rank','ks')}
 
-# %% ../nbs/20_scan.ipynb #00000007
+# %% ../nbs/20_scan.ipynb #00000008
 def _map_single_threaded(f, items, n_workers):
     "`map(f, items)` in threads with one BLAS thread each, in the order of `items`"
     threads = torch.get_num_threads()
@@ -55,12 +55,17 @@ def _comparable(name, infos, base, role):
     raise ValueError(f"base does not fit: {name} has shape {infos[name].shape}, the base {have}; "
         "pass the checkpoint that the model was fine-tuned from, with the same prefixes")
 
+def _measurable(shape, estimator):
+    "The paper scores whatever has two dimensions, a single row or column too"
+    return len(shape)>1 and 0 not in shape if estimator.startswith('paper') else is_matrix(shape)
+
 def scan(
     model, # Anything `Checkpoint` opens
     base=None, # The model it was fine-tuned from, likewise
     *,
     estimator:str='mp', # 'mp', 'paper_nlp', 'paper_vision' or 'spectrum'
     of:str=None, # 'weights' or 'update'; by default the update where there is a base
+    heads:list=None, # Prefixes of task heads, which the base may lack; None goes by the usual names
     n_workers:int=None, # Layers measured side by side; by default as many as torch has threads
     progress:bool=True, # Show a progress bar
 ) -> pd.DataFrame: # One row per matrix: name, unit, role, shape, snr and, for 'mp', the rest of `Spectrum`
@@ -68,8 +73,8 @@ def scan(
     check_estimator(estimator)
     of,model = resolve_of(of, base),Checkpoint(model)
     base = Checkpoint(base) if of=='update' else None
-    infos,units = model.infos,find_units(model.infos, aliases=model.aliases)
-    names = [k for k,o in infos.items() if o.is_float and is_matrix(o.shape) and k not in model.aliases]
+    infos,units = model.infos,find_units(model.infos, heads, model.aliases)
+    names = [k for k,o in infos.items() if o.is_float and _measurable(o.shape, estimator) and k not in model.aliases]
     if base: names = [k for k in names if _comparable(k, infos, base, units.role[k])]
     if not names: raise ValueError(f"{model.label} holds no matrix to measure")
     size = lambda k: torch.Size(infos[k].shape).numel()

@@ -9,7 +9,7 @@ __all__ = ['estimators', 'as_matrix', 'gram_eigs', 'mp_edges', 'mp_density', 'mp
            'median_blur', 'noise_level', 'spike_strength', 'ks_distance', 'Spectrum', 'spectrum', 'shrinker', 'shrink',
            'snr_paper_vision', 'snr_paper_nlp', 'snr_spectrum', 'snr_mp', 'check_estimator', 'snr']
 
-# %% ../nbs/00_spectrum.ipynb #00000002
+# %% ../nbs/00_spectrum.ipynb #00000003
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import hypot, inf, log, pi, sqrt
@@ -18,7 +18,7 @@ from scipy.optimize import brentq
 from scipy.special import gammaincinv, ndtri
 from torch import Tensor
 
-# %% ../nbs/00_spectrum.ipynb #00000006
+# %% ../nbs/00_spectrum.ipynb #00000007
 def as_matrix(
     W, # Tensor, array or nested list with ≥ 2 dimensions, any float dtype
     name='W', # What to call it in an error
@@ -36,7 +36,7 @@ def as_matrix(
             f"{ok.numel()} values; repair or re-export that checkpoint before measuring it")
     return W
 
-# %% ../nbs/00_spectrum.ipynb #00000009
+# %% ../nbs/00_spectrum.ipynb #0000000a
 def gram_eigs(
     A:Tensor, # (rows, cols), fp64
 ) -> Tensor: # (min(rows, cols),) squared singular values, descending
@@ -44,7 +44,7 @@ def gram_eigs(
     if A.shape[0] > A.shape[1]: A = A.T
     return torch.linalg.eigvalsh(A @ A.T).flip(0).clamp(min=0)
 
-# %% ../nbs/00_spectrum.ipynb #0000000d
+# %% ../nbs/00_spectrum.ipynb #0000000e
 def mp_edges(
     beta:float, # Aspect ratio m/n, in (0, 1]
     sigma:float=1., # Standard deviation of the entries
@@ -52,6 +52,7 @@ def mp_edges(
     "Ends of the Marchenko–Pastur bulk ([1967](https://doi.org/10.1070/SM1967v001n04ABEH001994))"
     return sigma**2*(1-sqrt(beta))**2, sigma**2*(1+sqrt(beta))**2
 
+# %% ../nbs/00_spectrum.ipynb #0000000f
 def mp_density(
     x, # Eigenvalues of C, any shape
     beta:float, # Aspect ratio m/n, in (0, 1]
@@ -63,7 +64,7 @@ def mp_density(
     root = np.sqrt(np.clip((hi-x)*(x-lo), 0, None))
     return np.divide(root, 2*pi*beta*sigma**2*x, out=np.zeros_like(x), where=x>0)
 
-# %% ../nbs/00_spectrum.ipynb #00000013
+# %% ../nbs/00_spectrum.ipynb #00000015
 def mp_cdf(
     x, # Eigenvalues of C for σ = 1, any shape
     beta:float, # Aspect ratio m/n, in (0, 1]
@@ -77,6 +78,7 @@ def mp_cdf(
     res = .5 + (a*b - (1+beta)*right + (1-beta)*left)/(2*pi*beta)
     return np.where(x>=hi, 1., np.where(x<=lo, 0., res))
 
+# %% ../nbs/00_spectrum.ipynb #00000016
 @lru_cache(maxsize=4096)
 def mp_median(
     beta:float, # Aspect ratio m/n, in (0, 1]
@@ -84,7 +86,7 @@ def mp_median(
     "Median of the Marchenko–Pastur law ([Gavish & Donoho 2014](https://arxiv.org/abs/1305.5870))"
     return brentq(lambda x: float(mp_cdf(x, beta))-.5, *mp_edges(beta))
 
-# %% ../nbs/00_spectrum.ipynb #00000017
+# %% ../nbs/00_spectrum.ipynb #0000001a
 @lru_cache(maxsize=64)
 def tw_quantile(
     alpha:float, # Upper tail probability, in (0, 1)
@@ -93,6 +95,7 @@ def tw_quantile(
     if not 0 < alpha < 1: raise ValueError(f"alpha is {alpha}: a tail probability lies between 0 and 1, e.g. 0.01")
     return float(.186054*gammaincinv(46.446, 1-alpha) - 9.84801)
 
+# %% ../nbs/00_spectrum.ipynb #0000001b
 def noise_edge(
     m:int, # Smaller side
     n:int, # Larger side
@@ -105,7 +108,7 @@ def noise_edge(
     s = sqrt(mu)*(1/a+1/b)**(1/3)
     return (mu + mean*s + hypot((tw_quantile(alpha)-mean)*s, ndtri(1-alpha)*blur*mu))/n
 
-# %% ../nbs/00_spectrum.ipynb #0000001b
+# %% ../nbs/00_spectrum.ipynb #0000001f
 @lru_cache(maxsize=4096)
 def median_blur(
     m:int, # Smaller side
@@ -115,6 +118,7 @@ def median_blur(
     x = mp_median(m/n)
     return sqrt(log(m)+2)/(pi*m*float(mp_density(x, m/n))*x)
 
+# %% ../nbs/00_spectrum.ipynb #00000020
 def noise_level(
     eigs:np.ndarray, # (m,) eigenvalues of C, descending
     m:int, # Smaller side
@@ -132,7 +136,7 @@ def noise_level(
         if new <= r: return var,edge,r
         r = new
 
-# %% ../nbs/00_spectrum.ipynb #00000021
+# %% ../nbs/00_spectrum.ipynb #00000026
 def spike_strength(
     L, # Eigenvalues over σ², any shape
     beta:float, # Aspect ratio m/n
@@ -141,6 +145,7 @@ def spike_strength(
     t = np.asarray(L, float)-1-beta
     return np.sqrt((t + np.sqrt(np.clip(t*t-4*beta, 0, None)))/2)
 
+# %% ../nbs/00_spectrum.ipynb #00000027
 def ks_distance(
     bulk:np.ndarray, # Eigenvalues over σ² without the spikes
     beta:float, # Their aspect ratio
@@ -149,7 +154,7 @@ def ks_distance(
     k,f = len(bulk),mp_cdf(np.sort(bulk), beta)
     return float(max((f-np.arange(k)/k).max(), (np.arange(1, k+1)/k-f).max()))
 
-# %% ../nbs/00_spectrum.ipynb #00000022
+# %% ../nbs/00_spectrum.ipynb #00000028
 @dataclass(frozen=True)
 class Spectrum:
     "What random-matrix theory says of one matrix; made by `spectrum`"
@@ -169,7 +174,7 @@ class Spectrum:
     @property
     def beta(self): return self.m/self.n
 
-# %% ../nbs/00_spectrum.ipynb #00000024
+# %% ../nbs/00_spectrum.ipynb #0000002a
 def _ranks(e):
     "Stable and effective rank for eigenvalues `e`"
     if not e.sum(): return 0.,0.
@@ -198,7 +203,7 @@ def spectrum(
     return Spectrum(e*unit**2, m, n, sqrt(var)*unit, edge*unit**2, k, theta,
         float((theta**2).sum()/m), float(ratio), *_ranks(e), ks)
 
-# %% ../nbs/00_spectrum.ipynb #0000002f
+# %% ../nbs/00_spectrum.ipynb #00000035
 def shrinker(
     y, # Singular values in units of σ√n, any shape
     beta:float, # Aspect ratio m/n
@@ -208,6 +213,7 @@ def shrinker(
     t = np.sqrt(np.clip((y*y-beta-1)**2-4*beta, 0, None))
     return np.where(y > 1+sqrt(beta), np.divide(t, y, out=np.zeros_like(y), where=y>0), 0.)
 
+# %% ../nbs/00_spectrum.ipynb #00000036
 def shrink(
     W:Tensor, # Float tensor with ≥ 2 dimensions
 ) -> Tensor: # Same shape and dtype
@@ -223,7 +229,7 @@ def shrink(
     B = (vec*torch.from_numpy(gain))@vec.T@B
     return ((B if A.shape[0]<=A.shape[1] else B.T)+mean).reshape(W.shape).to(W.dtype)
 
-# %% ../nbs/00_spectrum.ipynb #00000033
+# %% ../nbs/00_spectrum.ipynb #0000003a
 def snr_paper_vision(
     W, # Tensor or array with ≥ 2 dimensions
     name:str='W', # What to call it in an error
@@ -235,7 +241,7 @@ def snr_paper_vision(
     e[:min(rows, cols)] = gram_eigs(A).numpy()/cols
     return float(e[0]/(np.median(e)+1e-8))
 
-# %% ../nbs/00_spectrum.ipynb #00000035
+# %% ../nbs/00_spectrum.ipynb #0000003c
 def snr_paper_nlp(
     W, # Tensor or array; 1-D weights score 0
     name:str='W', # What to call it in an error
@@ -250,7 +256,7 @@ def snr_paper_nlp(
     hi = e > A.var(correction=0).item()*(1+sqrt(m/n))**2
     return float(e[hi].sum()/(e[~hi].sum()+1e-9))
 
-# %% ../nbs/00_spectrum.ipynb #00000037
+# %% ../nbs/00_spectrum.ipynb #0000003e
 def snr_spectrum(
     W, # Tensor or array with ≥ 2 dimensions
     name:str='W', # What to call it in an error
@@ -263,7 +269,7 @@ def snr_spectrum(
     below = s[~hi].sum()
     return float(s[hi].sum()/below/s[0]) if below else (inf if s[0] else 0.)
 
-# %% ../nbs/00_spectrum.ipynb #00000039
+# %% ../nbs/00_spectrum.ipynb #00000040
 def snr_mp(
     W, # Tensor or array with ≥ 2 dimensions
     name:str='W', # What to call it in an error
@@ -273,11 +279,13 @@ def snr_mp(
 
 estimators = dict(mp=snr_mp, paper_nlp=snr_paper_nlp, paper_vision=snr_paper_vision, spectrum=snr_spectrum)
 
+# %% ../nbs/00_spectrum.ipynb #00000041
 def check_estimator(estimator):
     "Raise `ValueError` unless `estimator` names one of `estimators`"
     if estimator not in estimators:
         raise ValueError(f"estimator is {estimator!r}: choose one of {', '.join(map(repr, estimators))}")
 
+# %% ../nbs/00_spectrum.ipynb #00000042
 def snr(
     W, # Tensor or array with ≥ 2 dimensions
     estimator:str='mp', # 'mp', 'paper_nlp', 'paper_vision' or 'spectrum'

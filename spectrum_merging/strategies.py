@@ -8,12 +8,12 @@ Docs: https://spectrum.github.io/spectrum-merging/strategies.html.md"""
 __all__ = ['strategies', 'standard', 'base_reset', 'snr_winner', 'snr_lowA', 'snr_lowB', 'snr_max', 'snr_weighted', 'Strategy',
            'get_strategy', 'check_cut', 'cut_value']
 
-# %% ../nbs/30_strategies.ipynb #00000002
+# %% ../nbs/30_strategies.ipynb #00000003
 import numpy as np
 from dataclasses import dataclass
 from collections.abc import Callable
 
-# %% ../nbs/30_strategies.ipynb #00000005
+# %% ../nbs/30_strategies.ipynb #00000006
 def _average(s): return np.c_[np.zeros(len(s)), np.full(s.shape, 1/s.shape[1])]
 
 def _take(s, best):
@@ -26,7 +26,7 @@ def _loudest(s): return s.shape[1]-1-np.argmax(s[:,::-1], axis=1)
 
 def _where(hi, a, b): return np.where(hi[:,None], a, b)
 
-# %% ../nbs/30_strategies.ipynb #00000009
+# %% ../nbs/30_strategies.ipynb #0000000a
 def standard(
     s:np.ndarray, # (K, N) SNR of each layer in each model
     hi:np.ndarray, # (K,) whether the layer's largest SNR passes the threshold
@@ -34,6 +34,7 @@ def standard(
     "Plain average everywhere ([Wortsman et al. 2022](https://arxiv.org/abs/2203.05482))"
     return _average(s)
 
+# %% ../nbs/30_strategies.ipynb #0000000b
 def base_reset(
     s:np.ndarray, # (K, N) SNR of each layer in each model
     hi:np.ndarray, # (K,) whether the layer's largest SNR passes the threshold
@@ -41,6 +42,7 @@ def base_reset(
     "Average where there is signal, the base elsewhere ([Spectrum Base Reset](https://github.com/maste473/Spectrum-Guided-Model-Merging---Focused-Fusion-on-Informative-Layers))"
     return _where(hi, _average(s), np.eye(s.shape[1]+1)[:1])
 
+# %% ../nbs/30_strategies.ipynb #0000000c
 def snr_winner(
     s:np.ndarray, # (K, N) SNR of each layer in each model
     hi:np.ndarray, # (K,) whether the layer's largest SNR passes the threshold
@@ -48,6 +50,7 @@ def snr_winner(
     "The loudest model where there is signal, the average elsewhere ([SNR Winner](https://github.com/maste473/Spectrum-Guided-Model-Merging---Focused-Fusion-on-Informative-Layers))"
     return _where(hi, _take(s, _loudest(s)), _average(s))
 
+# %% ../nbs/30_strategies.ipynb #0000000d
 def snr_lowA(
     s:np.ndarray, # (K, 2) SNR of each layer in each model
     hi:np.ndarray, # (K,) whether the layer's largest SNR passes the threshold
@@ -55,6 +58,7 @@ def snr_lowA(
     "Average where there is signal, model A elsewhere ([SNR Low A](https://github.com/maste473/Spectrum-Guided-Model-Merging---Focused-Fusion-on-Informative-Layers))"
     return _where(hi, _average(s), _take(s, np.zeros(len(s), int)))
 
+# %% ../nbs/30_strategies.ipynb #0000000e
 def snr_lowB(
     s:np.ndarray, # (K, 2) SNR of each layer in each model
     hi:np.ndarray, # (K,) whether the layer's largest SNR passes the threshold
@@ -62,6 +66,7 @@ def snr_lowB(
     "Average where there is signal, model B elsewhere ([SNR Low B](https://github.com/maste473/Spectrum-Guided-Model-Merging---Focused-Fusion-on-Informative-Layers))"
     return _where(hi, _average(s), _take(s, np.ones(len(s), int)))
 
+# %% ../nbs/30_strategies.ipynb #0000000f
 def snr_max(
     s:np.ndarray, # (K, N) SNR of each layer in each model
     hi:np.ndarray, # (K,) whether the layer's largest SNR passes the threshold
@@ -69,6 +74,7 @@ def snr_max(
     "Average where there is signal, the loudest model elsewhere ([SNR Max](https://github.com/maste473/Spectrum-Guided-Model-Merging---Focused-Fusion-on-Informative-Layers))"
     return _where(hi, _average(s), _take(s, _loudest(s)))
 
+# %% ../nbs/30_strategies.ipynb #00000010
 def snr_weighted(
     s:np.ndarray, # (K, N) SNR of each layer in each model
     hi:np.ndarray, # (K,) whether the layer's largest SNR passes the threshold
@@ -77,7 +83,7 @@ def snr_weighted(
     w = s[:,:-1]/(s.sum(1, keepdims=True)+1e-8)
     return _where(hi, np.c_[np.zeros(len(s)), w, 1-w.sum(1)], _average(s))
 
-# %% ../nbs/30_strategies.ipynb #0000000d
+# %% ../nbs/30_strategies.ipynb #00000014
 @dataclass(frozen=True)
 class Strategy:
     "A strategy and what must be there to use it"
@@ -90,6 +96,7 @@ strategies = dict(standard=Strategy(standard, needs_snr=False), base_reset=Strat
     snr_winner=Strategy(snr_winner), snr_lowA=Strategy(snr_lowA, two_only=True), snr_lowB=Strategy(snr_lowB, two_only=True),
     snr_max=Strategy(snr_max), snr_weighted=Strategy(snr_weighted))
 
+# %% ../nbs/30_strategies.ipynb #00000015
 def get_strategy(
     name:str, # One of `strategies`
     n_models:int=2, # How many models are merged
@@ -105,7 +112,7 @@ def get_strategy(
     if s.needs_base and not has_base: raise ValueError(f"strategy {name!r} falls back to the base model and none was given: pass base=")
     return s
 
-# %% ../nbs/30_strategies.ipynb #00000012
+# %% ../nbs/30_strategies.ipynb #0000001a
 def check_cut(
     threshold:float=None, # SNR to pass
     top:float=None, # Share of layers to pass, in %
@@ -116,6 +123,7 @@ def check_cut(
     if threshold is not None and not np.isfinite(threshold): raise ValueError(f"threshold is {threshold}: pass a finite number")
     if top is not None and not 0 < top <= 100: raise ValueError(f"top is {top}: pass a share in %, above 0 and up to 100")
 
+# %% ../nbs/30_strategies.ipynb #0000001b
 def cut_value(
     peak:np.ndarray, # (K,) largest SNR of each layer
     threshold:float=None, # SNR to pass

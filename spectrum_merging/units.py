@@ -7,10 +7,10 @@ Docs: https://spectrum.github.io/spectrum-merging/units.html.md"""
 # %% auto #0
 __all__ = ['is_matrix', 'is_head', 'find_units']
 
-# %% ../nbs/15_units.ipynb #00000002
+# %% ../nbs/15_units.ipynb #00000003
 import pandas as pd, re
 
-# %% ../nbs/15_units.ipynb #00000006
+# %% ../nbs/15_units.ipynb #00000007
 def is_matrix(
     shape:tuple, # Dimensions of the tensor
 ) -> bool: # Whether it has a spectrum worth the name
@@ -24,6 +24,7 @@ _head = re.compile(r'(?:module\.|_orig_mod\.)*(?:fc|classifier|score|heads?|qa_o
 _stat = re.compile(r'(?:^|\.)(?:running_mean|running_var|num_batches_tracked)$')
 _embed = re.compile(r'embed|(?:^|\.)(?:wte|wpe|shared)(?:\.|$)')
 
+# %% ../nbs/15_units.ipynb #00000008
 def is_head(
     name:str, # Tensor name
     heads:list=None, # Module prefixes that are heads; None goes by the usual names
@@ -32,7 +33,7 @@ def is_head(
     if heads is None: return bool(_head.match(name))
     return any(name==o or name.startswith(o+'.') for o in heads)
 
-# %% ../nbs/15_units.ipynb #0000000a
+# %% ../nbs/15_units.ipynb #0000000c
 def _partner(owner, matrices):
     "The matrix module that the norm module `owner` belongs to, or `owner` itself"
     parent,_,leaf = owner.rpartition('.')

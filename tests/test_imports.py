@@ -1,0 +1,17 @@
+"The core imports nothing heavy: it runs at the start of every command."
+import os, subprocess, sys
+from pathlib import Path
+
+core = 'spectrum','checkpoint','units','scan','strategies','plan','merge'
+heavy = 'transformers','datasets','torchvision','matplotlib'
+
+def test_core_is_light():
+    code = f'''import sys, spectrum_merging
+for name in {core}:
+    __import__(f'spectrum_merging.{{name}}')
+    found = [o for o in {heavy} if o in sys.modules]
+    if found: sys.exit(f'spectrum_merging.{{name}} imports {{found}}')'''
+    root = Path(__file__).parent.parent
+    res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=root,
+        env=os.environ|dict(PYTHONPATH=str(root)))
+    assert res.returncode==0, res.stderr
