@@ -43,9 +43,11 @@ def _open_file(path):
 # %% ../nbs/10_checkpoint.ipynb #00000008
 def _open_shards(index):
     "`{name: (info, reader)}` of the shards that the index file `index` lists"
-    try: where = json.loads(index.read_text(encoding='utf-8'))['weight_map']
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
-        raise ValueError(f"{index} is no shard index ({e!r}): it needs a JSON object with 'weight_map'") from e
+    try: where = dict(json.loads(index.read_text(encoding='utf-8'))['weight_map'].items())
+    except (ValueError, KeyError, TypeError, AttributeError) as e: where,why = None,repr(e)
+    if where is None or not all(isinstance(o, str) for o in where.values()):
+        raise ValueError(f"{index} is no shard index ({why if where is None else 'no file names'}): it needs a JSON object "
+            "with 'weight_map', which maps tensor names to files; download it again")
     if lost := sorted(o for o in set(where.values()) if not (index.parent/o).is_file()):
         raise FileNotFoundError(f"{index} names missing shards: {', '.join(lost)}; complete the download")
     shards = {o: _open_file(index.parent/o) for o in set(where.values())}
@@ -61,7 +63,7 @@ def _open_folder(d):
     files = sorted(d.glob('*.safetensors'))
     if len(files)==1: return _open_file(files[0])
     if files: raise FileNotFoundError(f"{d} holds {len(files)} safetensors files and no model.safetensors.index.json: name one file")
-    if any(d.glob('*.bin')) or any(d.glob('*.pt')):
+    if any(any(d.glob(f'*.{o}')) for o in ('bin','pt','pth')):
         raise ValueError(f"{d} holds pickled weights only, and a pickle can run code: load them with weights_only=True "
             "and save them with save_pretrained(..., safe_serialization=True) or safetensors.torch.save_file")
     raise FileNotFoundError(f"{d} holds no model.safetensors, neither whole nor in shards")

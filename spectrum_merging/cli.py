@@ -7,13 +7,13 @@ Docs: https://spectrum.github.io/spectrum-merging/cli.html.md"""
 # %% auto #0
 __all__ = ['scan_cli', 'merge_cli', 'run_cli']
 
-# %% ../nbs/95_cli.ipynb #00000002
+# %% ../nbs/95_cli.ipynb #00000003
 import os, sys
 from fastcore.script import CliError, call_parse
 from functools import wraps
 from typing import Annotated
 
-# %% ../nbs/95_cli.ipynb #00000004
+# %% ../nbs/95_cli.ipynb #00000005
 def _says_errors(f):
     "Turn errors that a user can mend into a message; `call_parse` prints it and exits with status 1"
     @wraps(f)
@@ -22,7 +22,7 @@ def _says_errors(f):
         except (ValueError, TypeError, KeyError, OSError) as e: raise CliError(e.args[0] if isinstance(e, KeyError) else str(e)) from e
     return inner
 
-# %% ../nbs/95_cli.ipynb #00000006
+# %% ../nbs/95_cli.ipynb #00000007
 @call_parse
 @_says_errors
 def scan_cli(
@@ -41,7 +41,7 @@ def scan_cli(
     if out: df.to_csv(out, index=False)
     else: print(df.drop(columns=['unit']).to_string(index=False, float_format='{:.4g}'.format))
 
-# %% ../nbs/95_cli.ipynb #00000009
+# %% ../nbs/95_cli.ipynb #0000000a
 def _named(models):
     "`{name: path}` from paths, some as NAME=PATH; a list where none is named"
     pairs = [o.partition('=') for o in models]
@@ -85,7 +85,7 @@ def merge_cli(
     merge(table, models, base, out)
     print(f'{_summary(table)}\nwritten to {out}; the decision for each tensor is in {out}/plan.csv')
 
-# %% ../nbs/95_cli.ipynb #0000000e
+# %% ../nbs/95_cli.ipynb #0000000f
 @call_parse
 @_says_errors
 def run_cli(

@@ -23,6 +23,7 @@ def wilson(
     ci = binomtest(int(correct), int(n)).proportion_ci(level, method='wilson')
     return ci.low,ci.high
 
+# %% ../nbs/70_evaluate.ipynb #00000007
 def score(
     preds, # (n,) predicted classes
     labels, # (n,) true classes
@@ -35,7 +36,7 @@ def score(
     f1 = f1_score(labels, preds, average='macro', labels=np.unique(labels), zero_division=0)
     return dict(accuracy=correct/len(labels), lo=lo, hi=hi, macro_f1=float(f1), n=len(labels))
 
-# %% ../nbs/70_evaluate.ipynb #0000000d
+# %% ../nbs/70_evaluate.ipynb #0000000e
 def majority(
     train_labels, # (n,) classes of the training items
     n:int, # Number of test items
@@ -43,6 +44,7 @@ def majority(
     "Predictions of someone who has seen labels but no inputs"
     return np.full(n, np.bincount(np.asarray(train_labels)).argmax())
 
+# %% ../nbs/70_evaluate.ipynb #0000000f
 def score_rows(
     preds:dict, # `{task: predictions}`
     labels:dict, # `{task: true classes}`
@@ -52,6 +54,7 @@ def score_rows(
     if list(preds)!=list(labels): raise ValueError(f"predictions for {list(preds)}, labels for {list(labels)}: pass the same tasks in the same order")
     return [about | dict(task=t) | score(p, labels[t]) for t,p in preds.items()]
 
+# %% ../nbs/70_evaluate.ipynb #00000010
 def normalise(
     rows:pd.DataFrame, # From `score_rows`
     experts:dict, # `{task: accuracy of its expert}`
@@ -59,6 +62,7 @@ def normalise(
     "Add each accuracy relative to the task's expert"
     return rows.assign(normalised=rows.accuracy/rows.task.map(experts))
 
+# %% ../nbs/70_evaluate.ipynb #00000011
 def summarise(
     rows:pd.DataFrame, # From `normalise`
     by:list, # Columns that identify a method

@@ -8,7 +8,7 @@ Docs: https://spectrum.github.io/spectrum-merging/plan.html.md"""
 __all__ = ['mixture', 'Plan', 'name_models', 'preflight', 'check_values', 'make_plan']
 
 # %% ../nbs/40_plan.ipynb #00000003
-import hashlib, json, numpy as np, os, pandas as pd, torch
+import csv, hashlib, json, numpy as np, os, pandas as pd, torch
 from fastcore.basics import patch
 from io import StringIO
 from pathlib import Path
@@ -70,16 +70,17 @@ def name_models(
     base=None, # Model that they were fine-tuned from
 ) -> tuple[dict, Checkpoint]: # `{name: Checkpoint}` (a, b, c … for a list), base
     "Open everything. Raises what `Checkpoint` raises, and `ValueError` for unusable names"
+    if isinstance(models, (str, Path)): raise TypeError(f"models is the one path {str(models)!r}: pass a list of models, or {{task: model}}")
     if not isinstance(models, dict): models = {chr(97+i) if len(models)<=26 else f'm{i}': o for i,o in enumerate(models)}
-    bad = [k for k in models if not isinstance(k, str) or k in _fixed+['reason'] or k.startswith('snr_') or '@' in k or not k.strip()]
-    if bad: raise ValueError(f"model name {bad[0]!r} is taken or unusable: use plain words other than {', '.join(_fixed)}, reason, snr_…, without @")
+    bad = [k for k in models if not isinstance(k, str) or k in _fixed+['reason'] or k.startswith('snr_') or set('@/\\') & set(k) or not k.strip()]
+    if bad: raise ValueError(f"model name {bad[0]!r} is taken or unusable: use plain words other than {', '.join(_fixed)}, reason, snr_…, without @ and slashes")
     return {k: Checkpoint(o) for k,o in models.items()},None if base is None else Checkpoint(base)
 
 def _head_by_shape(infos, units):
     "The one unit whose tensors differ between models in their number of rows only, or None"
     first,*rest = infos
     odd = [k for k in first if any(k in o and o[k].shape!=first[k].shape for o in rest)]
-    rows_only = all(len(o[k].shape)==len(first[k].shape)>0 and o[k].shape[1:]==first[k].shape[1:] for k in odd for o in rest)
+    rows_only = all(k in o and len(o[k].shape)==len(first[k].shape)>0 and o[k].shape[1:]==first[k].shape[1:] for k in odd for o in rest)
     found = {units.unit[k] for k in odd}
     return found.pop() if rows_only and len(found)==1 and 'embedding' not in set(units.role[odd]) else None
 
@@ -93,6 +94,9 @@ def preflight(
     infos = {k: o.infos for k,o in models.items()}
     name,first = next(iter(infos.items()))
     ck = models[name]
+    if isinstance(heads, str): raise ValueError(f"heads is the string {heads!r}: pass a list of prefixes, [{heads!r}]")
+    if lost := [o for o in heads or [] if not any(is_head(k, [o]) for k in first)]:
+        raise ValueError(f"no tensor belongs to the head {lost[0]!r}: the last are {', '.join(list(first)[-3:])}")
     units = find_units(first, heads, ck.aliases)
     if heads is None and (unit := _head_by_shape(infos.values(), units)): units = find_units(first, [unit]+[
         k.rpartition('.')[0] for k in first if is_head(k)], ck.aliases)
@@ -125,7 +129,7 @@ def check_values(
                 raise ValueError(f"{k} of {m} holds {int(t.isnan().sum())} NaN and {int(t.isinf().sum())} Inf among {t.numel()} values; "
                     "repair or re-export that checkpoint before merging it")
         (m0,t0),*rest = seen.items()
-        if t0.is_floating_point() or units.role[k]=='stat': continue
+        if t0.is_floating_point() or units.role[k] in ('stat', 'head'): continue
         if bad := [m for m,t in rest if not t.equal(t0)]:
             raise ValueError(f"{k} is {t0.dtype} and differs between {m0} and {bad[0]}: integers cannot be merged; dequantise or align the models")
 
@@ -204,12 +208,12 @@ def make_plan(
     check_estimator(estimator)
     check_cut(threshold, top)
     if protocol not in ('unit', 'paper'): raise ValueError(f"protocol is {protocol!r}: choose 'unit' or 'paper'")
-    get_strategy(strategy, len(models), base is not None)
+    if isinstance(models, (str, Path)): name_models(models)
+    rule = get_strategy(strategy, len(models), base is not None)
     paper = protocol=='paper'
     if paper and len(models)!=2: raise ValueError(f"protocol='paper' is defined for 2 models, not {len(models)}; use protocol='unit'")
     if paper and heads: raise ValueError(f"protocol='paper' averages heads, but heads={heads}: use protocol='unit' to keep them")
     models,base = name_models(models, base)
-    rule = get_strategy(strategy, len(models), base is not None)
     of = 'weights' if paper and of is None else resolve_of(of, base)
     units = preflight(models, base if rule.needs_base or of=='update' else None, [] if paper else heads)
     check_values(models | ({'base': base} if rule.needs_base or of=='update' else {}), units)
@@ -272,6 +276,11 @@ def save(
     finally: tmp.unlink(missing_ok=True)
     return path
 
+def _number(s):
+    "A float, or NaN for what is none; `Plan` then names the row"
+    try: return float(s)
+    except ValueError: return float('nan')
+
 # %% ../nbs/40_plan.ipynb #0000001e
 @patch(cls_method=True)
 def load(
@@ -279,11 +288,14 @@ def load(
     path, # File written by `Plan.save`
 ) -> Plan:
     "Read a plan. Raises `ValueError` where the file is no plan"
-    head,_,rest = Path(path).read_text(encoding='utf-8').partition('\n')
-    try: meta = json.loads(head.removeprefix('#'))
-    except json.JSONDecodeError as e: raise ValueError(f"{path} is no plan: its first line is no JSON ({e})") from e
-    if not head.startswith('#') or 'models' not in meta: raise ValueError(f"{path} is no plan: its first line does not name the models")
-    table = pd.read_csv(StringIO(rest), dtype=str, keep_default_na=False)
-    for k in [o for o in table if o=='base' or o in meta['models'] or o.startswith('snr_')]:
-        table[k] = table[k].map(lambda o: float(o or 'nan'))
-    return cls(table, meta)
+    try:
+        head,_,rest = Path(path).read_text(encoding='utf-8-sig').partition('\n')
+        if head.startswith('"#'): head = ','.join(next(csv.reader([head]))).rstrip(',')
+        try: meta = json.loads(head.removeprefix('#'))
+        except json.JSONDecodeError as e: raise ValueError(f"its first line is no JSON ({e})") from e
+        if not head.startswith('#') or not isinstance(meta, dict) or not isinstance(meta.get('models'), list):
+            raise ValueError("its first line does not name the models")
+        table = pd.read_csv(StringIO(rest), dtype=str, keep_default_na=False)
+        for k in [o for o in table if o=='base' or o in meta['models'] or o.startswith('snr_')]: table[k] = table[k].map(_number)
+        return cls(table, meta)
+    except ValueError as e: raise ValueError(f"{path} is no plan: {e}") from e

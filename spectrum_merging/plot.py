@@ -7,11 +7,11 @@ Docs: https://spectrum.github.io/spectrum-merging/plot.html.md"""
 # %% auto #0
 __all__ = ['plot_thresholds', 'plot_snr', 'plot_repair']
 
-# %% ../nbs/85_plot.ipynb #00000002
+# %% ../nbs/85_plot.ipynb #00000003
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 
-# %% ../nbs/85_plot.ipynb #00000004
+# %% ../nbs/85_plot.ipynb #00000005
 _colors = dict(standard='0.45', snr_lowA='tab:blue', snr_lowB='tab:orange', snr_max='tab:green', snr_weighted='tab:red',
     snr_winner='tab:purple', base_reset='tab:brown')
 
@@ -29,7 +29,7 @@ def plot_thresholds(
 ) -> Figure: # One panel per task
     "Accuracy of each strategy against the SNR threshold, with 95 % intervals"
     tasks = list(dict.fromkeys(rows.task))
-    fig = Figure(figsize=(9, 3.4), dpi=72, layout='constrained')
+    fig = Figure(figsize=(9, 3.4), dpi=50, layout='constrained')
     axs = fig.subplots(1, len(tasks), sharey=True)
     order = list(dict.fromkeys(rows.strategy))
     for ax,task in zip(axs, tasks):
@@ -46,7 +46,7 @@ def plot_thresholds(
     fig.legend(*axs[0].get_legend_handles_labels(), loc='outside right upper', frameon=False, fontsize=8)
     return _finish(fig, axs, caption)
 
-# %% ../nbs/85_plot.ipynb #00000006
+# %% ../nbs/85_plot.ipynb #00000007
 def plot_snr(
     scans:dict, # `{task: scan(...)}` of two models
     threshold:float=None, # Drawn as a line
@@ -57,7 +57,7 @@ def plot_snr(
     a,b = scans.values()
     names = [k for k in a.name if k in set(b.name)]
     y = np.stack([df.set_index('name').snr[names].to_numpy(float) for df in (a, b)])
-    fig = Figure(figsize=(9, 3.6), dpi=72, layout='constrained')
+    fig = Figure(figsize=(9, 3.6), dpi=50, layout='constrained')
     ax = fig.subplots()
     x = np.arange(len(names))
     floor = max(y[y>0].min()/2, y.max()*1e-6) if (y>0).any() else 1e-3
@@ -73,14 +73,14 @@ def plot_snr(
     fig.legend(loc='outside right upper', frameon=False, fontsize=8)
     return _finish(fig, [ax], caption)
 
-# %% ../nbs/85_plot.ipynb #00000008
+# %% ../nbs/85_plot.ipynb #00000009
 def plot_repair(
     table:pd.DataFrame, # One row per method and treatment: method, treatment, mean_normalised
     caption='', # Data, n and seeds, set below the figure
 ) -> Figure: # One group of bars per method
     "Mean normalised accuracy of each method under each treatment of heads and BatchNorm"
     wide = table.pivot_table(index='method', columns='treatment', values='mean_normalised', sort=False)
-    fig = Figure(figsize=(9, 3.4), dpi=72, layout='constrained')
+    fig = Figure(figsize=(9, 3.4), dpi=50, layout='constrained')
     ax = fig.subplots()
     width = .8/wide.shape[1]
     for i,(name,col) in enumerate(wide.items()):

@@ -7,21 +7,22 @@ Docs: https://spectrum.github.io/spectrum-merging/repair.html.md"""
 # %% auto #0
 __all__ = ['bn_layers', 'reestimate_bn']
 
-# %% ../nbs/65_repair.ipynb #00000002
+# %% ../nbs/65_repair.ipynb #00000003
 import copy, torch
 from torch import Tensor, nn
 
-# %% ../nbs/65_repair.ipynb #00000004
+# %% ../nbs/65_repair.ipynb #00000005
 def bn_layers(
     model:nn.Module,
 ) -> dict: # `{name: BatchNorm module}` that keep running statistics
     "The model's BatchNorm layers"
     return {k: m for k,m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats}
 
+# %% ../nbs/65_repair.ipynb #00000006
 @torch.no_grad()
 def reestimate_bn(
     model:nn.Module, # Left as it is
-    batches, # Iterable of input tensors, as the model takes them; equal sizes weigh equally
+    batches, # Iterable of input tensors, as the model takes them; shuffled, of equal sizes
 ) -> nn.Module: # A copy with new running statistics, in evaluation mode
     "Measure BatchNorm statistics again ([Jordan et al. 2023](https://arxiv.org/abs/2211.08403)). Raises `ValueError`"
     model = copy.deepcopy(model).eval()

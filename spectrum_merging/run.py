@@ -6,7 +6,7 @@ Docs: https://spectrum.github.io/spectrum-merging/run.html.md"""
 
 # %% auto #0
 __all__ = ['paper_strategies', 'sound_strategies', 'Bench', 'reference_rows', 'expert_accuracy', 'best_single', 'paper_rows',
-           'sound_rows', 'figures', 'tables', 'run_vision']
+           'sound_rows', 'new_folder', 'figures', 'tables', 'run_vision']
 
 # %% ../nbs/88_run.ipynb #00000002
 import json, numpy as np, os, pandas as pd, platform, time, torch
@@ -45,17 +45,17 @@ class Bench:
     ):
         "Train or load base and experts"
         self.tasks = {k: t.limit(budget.train, budget.test) if budget.train else t for k,t in tasks.items()}
-        self.cache,self.progress,self.seed = Path(cache or cache_dir()),progress,seed
+        self.cache,self.progress,self.seed,self.images = Path(cache or cache_dir()),progress,seed,budget.calibration
         self.base,base_key = made = make_base(self.tasks, budget, base, seed, self.cache, progress)
         experts = {k: make_expert(t, made, budget, seed, self.cache, progress) for k,t in self.tasks.items()}
         self.experts = {k: sd for k,(sd,_) in experts.items()}
         self.key = digest([base_key, [key for _,key in experts.values()], seed], *[t.test_x for t in self.tasks.values()])
         self.labels = {k: t.test_y.numpy() for k,t in self.tasks.items()}
 
-    def calibration(self, task, n=1000):
-        "`n` training images of a task, without labels"
+    def calibration(self, task):
+        "Training images of a task, without labels"
         x = self.tasks[task].x
-        return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed))[:n]]
+        return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed))[:self.images]]
 
     def predict(self, name, states, bn='averaged'):
         "`{task: predictions}` of one state dict per task; `name` identifies the weights, `bn` the treatment of BatchNorm"
@@ -63,7 +63,7 @@ class Bench:
             model = resnet18(self.tasks[task].classes, states[task])
             if bn!='averaged': model = reestimate_bn(model, self._batches(task, bn))
             return predict(model, self.tasks[task].test_x).to(torch.uint8).numpy()
-        return {t: _stored(self.cache/'predictions'/f'{digest([self.key, name, bn, t])}.npy', lambda: make(t)) for t in self.tasks}
+        return {t: _stored(self.cache/'predictions'/f'{digest([self.key, name, bn, self.images, t])}.npy', lambda: make(t)) for t in self.tasks}
 
     def _batches(self, task, bn):
         "Unlabelled images, of this task or of all tasks shuffled together, in equal batches"
@@ -88,8 +88,10 @@ def reference_rows(
         rows += bench.scores(bench.predict(f'body {e}', {t: sd | h for t,h in heads.items()}), table='reference', method=f'expert {e}, head of each expert')
     return rows
 
+# %% ../nbs/88_run.ipynb #00000009
 def expert_accuracy(rows): return {r['task']: r['accuracy'] for r in rows if r['method']==f"expert {r['task']}, own head"}
 
+# %% ../nbs/88_run.ipynb #0000000a
 def best_single(
     rows:list, # From `reference_rows`
 ) -> list: # The same rows, relabelled
@@ -98,7 +100,7 @@ def best_single(
     best = max(sorted(mean), key=mean.get)
     return [r | dict(method=f'best single: {best}') for r in rows if r['method']==best]
 
-# %% ../nbs/88_run.ipynb #0000000b
+# %% ../nbs/88_run.ipynb #0000000d
 paper_strategies = ['standard','snr_lowA','snr_lowB','snr_max','snr_weighted']
 
 def paper_rows(
@@ -116,7 +118,7 @@ def paper_rows(
                 table='paper', method=strategy, strategy=strategy, threshold=t, heads='averaged', bn='averaged', digest=plan.digest)
     return rows
 
-# %% ../nbs/88_run.ipynb #0000000e
+# %% ../nbs/88_run.ipynb #00000010
 sound_strategies = ['standard','base_reset','snr_winner','snr_lowA','snr_lowB','snr_max','snr_weighted']
 
 def sound_rows(
@@ -136,12 +138,15 @@ def sound_rows(
                 strategy=s, top=p, heads='per task', bn=bn, digest=plan.digest)
     return rows
 
-# %% ../nbs/88_run.ipynb #00000010
+# %% ../nbs/88_run.ipynb #00000012
 def _machine():
     return dict(machine=platform.machine(), cores=os.cpu_count(), torch=torch.__version__, threads=torch.get_num_threads(), cuda=torch.cuda.is_available())
 
-def _new_folder(out, name):
-    "The folder for results: a new one, or an empty one that exists"
+def new_folder(
+    out, # Folder, or None
+    name:str, # Of the experiment
+) -> Path: # `out`, or results/<name>-<time>
+    "The folder for results. Raises `FileExistsError` where it exists and is not empty"
     out = Path(out) if out else Path('results')/f"{name}-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise FileExistsError(f"{out} exists and is not an empty folder: choose another")
     return out
@@ -150,6 +155,7 @@ def _caption(bench):
     a = '; '.join(f'{k}: {len(t.x):,} training and {len(t.test_x):,} test images' for k,t in bench.tasks.items())
     return f'{a}. One seed ({bench.seed}). Bars on points: 95 % Wilson intervals.'
 
+# %% ../nbs/88_run.ipynb #00000013
 def figures(
     rows:pd.DataFrame, # All rows
     bench:Bench,
@@ -169,6 +175,7 @@ def figures(
         snr_updates=plot_snr(updates, title='SNR of the updates, calibrated', caption=caption.split('. Bars')[0]+'.'),
         repair=plot_repair(table, f"Sound protocol: units, one head per task. {caption.split('. Bars')[0]}."))
 
+# %% ../nbs/88_run.ipynb #00000014
 def tables(
     rows:pd.DataFrame, # All rows
 ) -> dict: # `{title: DataFrame}`
@@ -176,6 +183,7 @@ def tables(
     def part(name, by): return summarise(rows[rows.table==name], by).round(4)
     return {'References': part('reference', ['method']), "Paper's protocol": part('paper', ['method','threshold']), 'Sound protocol': part('sound', ['method','bn'])}
 
+# %% ../nbs/88_run.ipynb #00000015
 def run_vision(
     root=None, # Folder with FashionMNIST/raw and KMNIST/raw; by default SPECTRUM_DATA, else a download, else digits
     out=None, # New folder for results; by default results/vision-<time>; False writes nothing
@@ -185,15 +193,17 @@ def run_vision(
     seed:int=0, # Of base and experts
     cache=None, # Folder for models and predictions; by default `cache_dir`
     tasks:dict=None, # `{name: Task}`; by default `load_tasks`
+    thresholds=(3, 5, 15, 25), # SNRs for the paper's grid
+    tops=(25, 50, 70), # Shares of layers for the sound protocol, in %
     progress:bool=True, # Show progress bars
 ) -> tuple[pd.DataFrame, Bench]: # One row per method and task, and what they were measured with
     "Two experts scanned, merged by every strategy and evaluated. Raises what `load_tasks` raises, `FileExistsError` for `out`"
-    out = None if out is False else _new_folder(out, 'vision')
+    out = None if out is False else new_folder(out, 'vision')
     start = time.perf_counter()
     bench = Bench(tasks or load_tasks(root, cache), budget, base, seed, cache, progress)
     rows = reference_rows(bench)
     experts = expert_accuracy(rows)
-    rows = pd.DataFrame(rows + best_single(rows) + paper_rows(bench) + sound_rows(bench))
+    rows = pd.DataFrame(rows + best_single(rows) + paper_rows(bench, thresholds) + sound_rows(bench, tops))
     rows = normalise(rows, experts)
     if out: _write(out, rows, bench, budget, base, time.perf_counter()-start)
     return rows,bench

@@ -19,12 +19,14 @@ from scipy.special import gammaincinv, ndtri
 from torch import Tensor
 
 # %% ../nbs/00_spectrum.ipynb #00000007
+def _tensor(W): return W.detach() if isinstance(W, Tensor) else torch.as_tensor(np.asarray(W))
+
 def as_matrix(
     W, # Tensor, array or nested list with ≥ 2 dimensions, any float dtype
     name='W', # What to call it in an error
 ) -> Tensor: # (rows, cols), fp64, on the CPU
     "`W` as a finite fp64 matrix. Raises `ValueError` (shape, NaN, Inf) or `TypeError` (dtype)"
-    W = torch.as_tensor(W).detach()
+    W = _tensor(W)
     if W.ndim < 2 or not W.numel():
         raise ValueError(f"{name} has shape {tuple(W.shape)}: a spectrum needs a non-empty tensor "
             "with 2 or more dimensions; leave out biases, norms and empty tensors")
@@ -189,12 +191,13 @@ def spectrum(
 ) -> Spectrum: # Eigenvalues, noise level, spikes and ratios
     "Measure one matrix against the Marchenko–Pastur law. Raises what `as_matrix` raises"
     A = as_matrix(W, name)
-    eps = torch.finfo(W.dtype).eps if isinstance(W, Tensor) else np.finfo(float).eps
     m,n = sorted(A.shape)
-    A = A-A.mean()
+    mean = A.mean()
+    A = A-mean
+    if A.abs().max() <= 1e-14*mean.abs(): A = torch.zeros_like(A)
     unit = A.abs().max().item() or 1.
     e = (gram_eigs(A/unit)/n).numpy()
-    var,edge,r = noise_level(e, m, n, alpha, floor=max(eps**2/12*e.mean(), np.finfo(float).eps*e[0]))
+    var,edge,r = noise_level(e, m, n, alpha, floor=max(torch.finfo(_tensor(W).dtype).eps**2/12*e.mean(), np.finfo(float).eps*e[0]))
     k = int((e > edge).sum())
     theta = spike_strength(e[:k]/var, m/n) if k else np.zeros(0)
     below = e[k:].sum()
@@ -247,7 +250,7 @@ def snr_paper_nlp(
     name:str='W', # What to call it in an error
 ) -> float: # ≥ 0
     "Σλ above over Σλ below the edge of WᵀW/min, as in the [paper's BERT notebooks](https://github.com/maste473/Spectrum-Guided-Model-Merging---Focused-Fusion-on-Informative-Layers)"
-    if torch.as_tensor(W).ndim < 2: return 0.
+    if _tensor(W).ndim < 2: return 0.
     A = as_matrix(W, name)
     m,n = sorted(A.shape)
     e = np.zeros(A.shape[1])

@@ -24,6 +24,8 @@ _head = re.compile(r'(?:module\.|_orig_mod\.)*(?:fc|classifier|score|heads?|qa_o
 _stat = re.compile(r'(?:^|\.)(?:running_mean|running_var|num_batches_tracked)$')
 _embed = re.compile(r'embed|(?:^|\.)(?:wte|wpe|shared)(?:\.|$)')
 
+def _is_table(name, shape): return len(shape)==2 and bool(_embed.search(name))
+
 # %% ../nbs/15_units.ipynb #00000008
 def is_head(
     name:str, # Tensor name
@@ -37,14 +39,15 @@ def is_head(
 def _partner(owner, matrices):
     "The matrix module that the norm module `owner` belongs to, or `owner` itself"
     parent,_,leaf = owner.rpartition('.')
-    near = {o.rpartition('.')[2]: o for o in matrices if o.rpartition('.')[0]==parent and not _embed.search(o)}
+    near = {o.rpartition('.')[2]: o for o in matrices if o.rpartition('.')[0]==parent}
     if leaf.isdigit():
-        lower = [int(o) for o in near if o.isdigit() and int(o)<int(leaf)]
-        return near[str(max(lower))] if lower else owner
+        lower = [o for o in near if o.isdigit() and int(o)<int(leaf)]
+        return near[max(lower, key=int)] if lower else owner
     if m := re.fullmatch(r'(?:bn|norm|batch_?norm)_?(\d+)', leaf):
         same = [o for k,o in near.items() if re.fullmatch(rf'conv_?{m[1]}', k)]
         return same[0] if same else owner
-    return next(iter(near.values())) if len(near)==1 else owner
+    beneath = [o for o in matrices if not parent or o.startswith(f'{parent}.')]
+    return beneath[0] if len(near)==len(beneath)==1 else owner
 
 def find_units(
     infos:dict, # `{name: TensorInfo}`
@@ -54,12 +57,13 @@ def find_units(
     "Unit and role of every tensor, from names and shapes alone"
     owners = {k: k.rpartition('.')[0] or k for k in infos}
     matrices = {owners[k]: None for k,o in infos.items() if o.is_float and is_matrix(o.shape)}
-    unit = {o: o if o in matrices else _partner(o, matrices) for o in dict.fromkeys(owners.values())}
+    tables = {owners[k] for k,o in infos.items() if _is_table(k, o.shape)}
+    unit = {o: o if o in matrices else _partner(o, [k for k in matrices if k not in tables]) for o in dict.fromkeys(owners.values())}
     def role(k, info):
-        if _stat.search(k): return 'stat'
         if is_head(k, heads): return 'head'
+        if _stat.search(k): return 'stat'
         if not info.is_float: return 'buffer'
-        if is_matrix(info.shape): return 'embedding' if _embed.search(k) else 'matrix'
+        if is_matrix(info.shape): return 'embedding' if _is_table(k, info.shape) else 'matrix'
         return 'bias' if owners[k] in matrices else 'norm' if '.' in k else 'other'
     rows = {k: (unit[owners[aliases.get(k, k)]], role(k, o)) for k,o in infos.items()}
     return pd.DataFrame.from_dict(rows, orient='index', columns=['unit','role']).rename_axis('name')

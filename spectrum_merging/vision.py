@@ -8,7 +8,7 @@ Docs: https://spectrum.github.io/spectrum-merging/vision.html.md"""
 __all__ = ['full', 'quick', 'Task', 'digits_tasks', 'load_tasks', 'prepare', 'resnet18', 'predict', 'accuracy', 'train',
            'cache_dir', 'digest', 'cached', 'Budget', 'make_base', 'make_expert']
 
-# %% ../nbs/80_vision.ipynb #00000002
+# %% ../nbs/80_vision.ipynb #00000003
 import hashlib, json, os, shutil, socket, torch, torch.nn.functional as F, torchvision
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-# %% ../nbs/80_vision.ipynb #00000006
+# %% ../nbs/80_vision.ipynb #00000007
 @dataclass(frozen=True)
 class Task:
     "Images and labels of one classification task"
@@ -32,6 +32,7 @@ class Task:
     def __repr__(self): return f"Task({self.name}: {len(self.x):,} training and {len(self.test_x):,} test images, {self.classes} classes; {self.source})"
     def limit(self, train, test): return Task(self.name, self.x[:train], self.y[:train], self.test_x[:test], self.test_y[:test], f'{self.source}, first {train:,} and {test:,}')
 
+# %% ../nbs/80_vision.ipynb #00000008
 def digits_tasks() -> dict: # `{name: Task}`
     "Two five-class tasks made of scikit-learn's digits: 0–4 and 5–9; no download"
     from sklearn.datasets import load_digits
@@ -45,7 +46,7 @@ def digits_tasks() -> dict: # `{name: Task}`
         return Task(name, x[train], y[train]-low, x[test], y[test]-low, "scikit-learn's digits")
     return {n: task(n, low) for n,low in {'digits 0-4':0, 'digits 5-9':5}.items()}
 
-# %% ../nbs/80_vision.ipynb #00000009
+# %% ../nbs/80_vision.ipynb #0000000b
 def _torchvision_task(name, cls, root, download):
     "A torchvision data set as a `Task`; 28 × 28 images are padded to 32 × 32"
     sets = [cls(root, train=t, download=download) for t in (True, False)]
@@ -72,7 +73,7 @@ def load_tasks(
         return digits_tasks()
     finally: socket.setdefaulttimeout(timeout)
 
-# %% ../nbs/80_vision.ipynb #0000000c
+# %% ../nbs/80_vision.ipynb #0000000e
 def _device(): return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 def _fast():
@@ -87,12 +88,18 @@ def prepare(
     "Images as the network takes them: grey repeated to RGB"
     return ((x.to(_device()).float()-72)/90).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
 
+# %% ../nbs/80_vision.ipynb #0000000f
 def resnet18(
     classes:int, # Number of outputs
     state:dict=None, # Weights to start from; a head with other classes is left out
     seed:int=0, # Of the random initialisation
 ) -> nn.Module: # torchvision's ResNet-18
     "ResNet-18, new or from a state dict. Raises `ValueError` where the body does not fit"
+    if state is not None and len(state.get('fc.bias', ()))==classes:
+        with torch.device('meta'): model = torchvision.models.resnet18(num_classes=classes)
+        if set(model.state_dict()) <= set(state):
+            model.load_state_dict({k: state[k].clone() for k in model.state_dict()}, assign=True)
+            return model.to(_device(), memory_format=torch.channels_last)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = torchvision.models.resnet18(num_classes=classes)
@@ -103,6 +110,7 @@ def resnet18(
         model.load_state_dict(own | {k: v for k,v in state.items() if k in own and v.shape==own[k].shape})
     return model.to(_device(), memory_format=torch.channels_last)
 
+# %% ../nbs/80_vision.ipynb #00000010
 @torch.inference_mode()
 def predict(
     model:nn.Module,
@@ -112,9 +120,10 @@ def predict(
     model.eval()
     with _fast(): return torch.cat([model(prepare(b)).argmax(1).cpu() for b in x.split(500)])
 
+# %% ../nbs/80_vision.ipynb #00000011
 def accuracy(model, x, y): return (predict(model, x)==y).float().mean().item()
 
-# %% ../nbs/80_vision.ipynb #0000000f
+# %% ../nbs/80_vision.ipynb #00000014
 def _shift(x, g, by=2):
     "Each image moved by up to `by` pixels"
     ix = torch.randint(0, 2*by+1, (2, len(x), 1), generator=g)
@@ -172,11 +181,12 @@ def train(
     if not all(p.isfinite().all() for p in model.parameters()): raise ValueError(f"{label} diverged to NaN or Inf: lower lr={lr}")
     return model
 
-# %% ../nbs/80_vision.ipynb #00000013
+# %% ../nbs/80_vision.ipynb #00000018
 def cache_dir() -> Path: # SPECTRUM_CACHE, or a folder in the user's cache
     "Where trained models, downloads and predictions are kept"
     return Path(os.environ.get('SPECTRUM_CACHE') or Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'spectrum-merging')
 
+# %% ../nbs/80_vision.ipynb #00000019
 def digest(*parts) -> str: # 16 hexadecimal digits
     "Hash of tensors, strings, numbers and dictionaries of them"
     h = hashlib.sha256()
@@ -185,6 +195,12 @@ def digest(*parts) -> str: # 16 hexadecimal digits
         else: h.update(json.dumps(o, sort_keys=True).encode())
     return h.hexdigest()[:16]
 
+def _in_order(sd):
+    "A state dict in the order of ResNet-18's layers; files are sorted by name"
+    with torch.device('meta'): names = torchvision.models.resnet18().state_dict()
+    return {k: sd[k] for k in names}
+
+# %% ../nbs/80_vision.ipynb #0000001a
 def cached(
     recipe:dict, # All that makes the model; JSON
     make, # Function of a file for intermediate states that returns the trained module
@@ -200,8 +216,9 @@ def cached(
         save_file(sd, tmp := home/f'.model.{os.getpid()}', dict(format='pt'))
         os.replace(tmp, home/'model.safetensors')
         (home/'unfinished.pt').unlink(missing_ok=True)
-    return load_file(home/'model.safetensors'),key
+    return _in_order(load_file(home/'model.safetensors')),key
 
+# %% ../nbs/80_vision.ipynb #0000001b
 @dataclass(frozen=True)
 class Budget:
     "How long to train and how much to evaluate"
@@ -211,11 +228,12 @@ class Budget:
     batch:int=128 # Images per step
     train:int=None # Training images per task; None takes all
     test:int=None # Test images per task; None takes all
+    calibration:int=1000 # Unlabelled images per task for BatchNorm
 
 full = Budget()
 quick = Budget(base_epochs=1, expert_steps=250, max_epochs=12, batch=64, train=4000, test=1000)
 
-# %% ../nbs/80_vision.ipynb #00000015
+# %% ../nbs/80_vision.ipynb #0000001d
 def make_base(
     tasks:dict, # `{name: Task}`
     budget:Budget=full,
@@ -237,6 +255,7 @@ def make_base(
     return cached(recipe, lambda tmp: train(resnet18(4, seed=seed), x, epochs=budget.base_epochs, lr=.1, batch=budget.batch,
         seed=seed, resume=tmp, label='base', progress=progress), cache)
 
+# %% ../nbs/80_vision.ipynb #0000001e
 def make_expert(
     task:Task,
     base:tuple[dict, str], # From `make_base`

@@ -111,6 +111,10 @@ def test_score():
     assert score(preds, labels) == want
     assert score(torch.tensor(preds), torch.tensor(labels)) == score(preds, labels)
 
+def test_score_counts_classes_that_exist():
+    "A class that is only predicted has no F1 of its own"
+    assert score([0,2,1,1], [0,0,1,1])['macro_f1'] == pytest.approx((2/3+1)/2)
+
 def test_score_of_random_classes():
     rng = np.random.default_rng(0)
     labels,preds = rng.integers(0, 5, (2, 300))

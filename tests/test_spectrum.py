@@ -3,7 +3,7 @@ import numpy as np, pytest, torch
 from math import inf, pi, sqrt
 from scipy.integrate import quad
 from scipy.stats import binom
-from spectrum_merging.spectrum import (estimators, mp_cdf, mp_density, mp_edges, mp_median,
+from spectrum_merging.spectrum import (estimators, median_blur, mp_cdf, mp_density, mp_edges, mp_median,
     noise_edge, shrink, shrinker, snr, spectrum, tw_quantile)
 
 draws = {(64,64): 2000, (64,576): 1500, (64,147): 2000, (512,256): 150, (768,768): 12,
@@ -37,7 +37,8 @@ def test_noise_snr(spectra): assert np.mean([s.snr for s in spectra]) < .01
 def test_noise_sigma(spectra):
     s = np.array([s.sigma for s in spectra])
     assert abs(s.mean()-1) < .005
-    assert abs(s-1).mean() < .015
+    m,n = spectra[0].m,spectra[0].n # a small square matrix does not tell σ to 1.5 % by its median
+    assert abs(s-1).mean() < max(.015, .4*median_blur(m, n))
 
 def test_noise_ks(spectra):
     d = np.array([s.ks*s.m for s in spectra])
