@@ -26,18 +26,23 @@ class TensorInfo:
     @property
     def is_float(self): return self.dtype.is_floating_point
 
-_dtypes = dict(F64='float64', F32='float32', F16='float16', BF16='bfloat16', F8_E4M3='float8_e4m3fn', F8_E5M2='float8_e5m2',
-    I64='int64', I32='int32', I16='int16', I8='int8', U64='uint64', U32='uint32', U16='uint16', U8='uint8', BOOL='bool', C64='complex64')
+_dtypes = dict(F64='float64', F32='float32', F16='float16', BF16='bfloat16',
+    F8_E4M3='float8_e4m3fn', F8_E5M2='float8_e5m2', I64='int64', I32='int32', I16='int16',
+    I8='int8', U64='uint64', U32='uint32', U16='uint16', U8='uint8', BOOL='bool', C64='complex64')
 
 def _open_file(path):
     "`{name: (info, reader)}` of one safetensors file"
     try: f = safe_open(path, 'pt')
     except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path} is no readable safetensors file ({e}): download or export it again") from e
+        raise ValueError(f"{path} is no readable safetensors file ({e}): "
+            "download or export it again") from e
     def entry(k):
         s = f.get_slice(k)
-        if s.get_dtype() not in _dtypes: raise ValueError(f"{path}: {k} has dtype {s.get_dtype()}, which is not supported; convert it to a float type")
-        return TensorInfo(tuple(s.get_shape()), getattr(torch, _dtypes[s.get_dtype()])), partial(f.get_tensor, k)
+        if s.get_dtype() not in _dtypes:
+            raise ValueError(f"{path}: {k} has dtype {s.get_dtype()}, which is not supported; "
+                "convert it to a float type")
+        return (TensorInfo(tuple(s.get_shape()), getattr(torch, _dtypes[s.get_dtype()])),
+            partial(f.get_tensor, k))
     return {k: entry(k) for k in f.keys()}
 
 # %% ../nbs/10_checkpoint.ipynb #00000008
@@ -46,10 +51,12 @@ def _open_shards(index):
     try: where = dict(json.loads(index.read_text(encoding='utf-8'))['weight_map'].items())
     except (ValueError, KeyError, TypeError, AttributeError) as e: where,why = None,repr(e)
     if where is None or not all(isinstance(o, str) for o in where.values()):
-        raise ValueError(f"{index} is no shard index ({why if where is None else 'no file names'}): it needs a JSON object "
+        raise ValueError(f"{index} is no shard index "
+            f"({why if where is None else 'no file names'}): it needs a JSON object "
             "with 'weight_map', which maps tensor names to files; download it again")
     if lost := sorted(o for o in set(where.values()) if not (index.parent/o).is_file()):
-        raise FileNotFoundError(f"{index} names missing shards: {', '.join(lost)}; complete the download")
+        raise FileNotFoundError(f"{index} names missing shards: {', '.join(lost)}; "
+            "complete the download")
     shards = {o: _open_file(index.parent/o) for o in set(where.values())}
     if lost := [k for k,o in where.items() if k not in shards[o]]:
         raise ValueError(f"{index} names tensors that their shards lack: {', '.join(lost[:5])}"
@@ -58,14 +65,18 @@ def _open_shards(index):
 
 def _open_folder(d):
     "`{name: (info, reader)}` of a Hugging Face folder"
-    for f,opener in (('model.safetensors.index.json',_open_shards), ('model.safetensors',_open_file)):
+    openers = {'model.safetensors.index.json': _open_shards, 'model.safetensors': _open_file}
+    for f,opener in openers.items():
         if (d/f).is_file(): return opener(d/f)
     files = sorted(d.glob('*.safetensors'))
     if len(files)==1: return _open_file(files[0])
-    if files: raise FileNotFoundError(f"{d} holds {len(files)} safetensors files and no model.safetensors.index.json: name one file")
+    if files:
+        raise FileNotFoundError(f"{d} holds {len(files)} safetensors files and no "
+            "model.safetensors.index.json: name one file")
     if any(any(d.glob(f'*.{o}')) for o in ('bin','pt','pth')):
-        raise ValueError(f"{d} holds pickled weights only, and a pickle can run code: load them with weights_only=True "
-            "and save them with save_pretrained(..., safe_serialization=True) or safetensors.torch.save_file")
+        raise ValueError(f"{d} holds pickled weights only, and a pickle can run code: "
+            "load them with weights_only=True and save them with "
+            "save_pretrained(..., safe_serialization=True) or safetensors.torch.save_file")
     raise FileNotFoundError(f"{d} holds no model.safetensors, neither whole nor in shards")
 
 # %% ../nbs/10_checkpoint.ipynb #00000009
@@ -76,23 +87,32 @@ def _open_path(src):
     if p.is_file():
         if p.name.endswith('.index.json'): return _open_shards(p),p.parent
         if p.suffix!='.safetensors':
-            raise ValueError(f"{p} is no .safetensors file: load it with torch.load(..., weights_only=True) and pass the state dict")
+            raise ValueError(f"{p} is no .safetensors file: "
+                "load it with torch.load(..., weights_only=True) and pass the state dict")
         return _open_file(p),None
     if isinstance(src, Path) or len(p.parts)!=2 or str(src).startswith(('/','.','~')):
-        raise FileNotFoundError(f"{src} does not exist: pass a .safetensors file, a folder that holds one, or a hub id like 'org/name'")
+        raise FileNotFoundError(f"{src} does not exist: pass a .safetensors file, "
+            "a folder that holds one, or a hub id like 'org/name'")
     from huggingface_hub import snapshot_download
-    try: folder = Path(snapshot_download(str(src), allow_patterns=['*.safetensors', '*.json', '*.txt', '*.model']))
+    wanted = ['*.safetensors', '*.json', '*.txt', '*.model']
+    try: folder = Path(snapshot_download(str(src), allow_patterns=wanted))
     except (OSError, ValueError) as e:
-        raise FileNotFoundError(f"{src} is neither a path here nor a hub id that can be reached now ({e})") from e
+        raise FileNotFoundError(f"{src} is neither a path here "
+            f"nor a hub id that can be reached now ({e})") from e
     return _open_folder(folder),folder
 
 def _open_memory(src):
     "`{name: (info, reader)}` of a module or a mapping"
     sd = src.state_dict() if isinstance(src, nn.Module) else dict(src)
     bad = [k for k,v in sd.items() if not isinstance(k, str) or not isinstance(v, Tensor)]
-    if bad: raise TypeError(f"state dict entry {bad[0]!r} is a {type(sd[bad[0]]).__name__}: a checkpoint maps names to tensors")
-    if meta := [k for k,v in sd.items() if v.is_meta]: raise ValueError(f"{meta[0]} is on the meta device and has no values: load the weights first")
-    return {k: (TensorInfo(tuple(v.shape), v.dtype), partial(v.detach().to, 'cpu')) for k,v in sd.items()}, _aliases(sd)
+    if bad:
+        raise TypeError(f"state dict entry {bad[0]!r} is a {type(sd[bad[0]]).__name__}: "
+            "a checkpoint maps names to tensors")
+    if meta := [k for k,v in sd.items() if v.is_meta]:
+        raise ValueError(f"{meta[0]} is on the meta device and has no values: "
+            "load the weights first")
+    return {k: (TensorInfo(tuple(v.shape), v.dtype), partial(v.detach().to, 'cpu'))
+        for k,v in sd.items()}, _aliases(sd)
 
 def _aliases(sd):
     "`{name: first name}` of tensors that share their memory"
@@ -107,32 +127,38 @@ def _aliases(sd):
 class Checkpoint:
     "Names, shapes and dtypes of a model's tensors, and the tensors on demand"
     def __init__(self,
-        src, # Module, mapping of tensors, `.safetensors` file, shard index, folder, hub id, or a `Checkpoint`
+        src, # Module, mapping, `.safetensors` file, shard index, folder, hub id or `Checkpoint`
     ):
-        "Open `src`. Raises `FileNotFoundError`, `ValueError` (damaged, pickled, empty) or `TypeError`"
+        "Open `src`. Raises `FileNotFoundError`, `TypeError`, `ValueError` (broken, pickled, empty)"
         self.aliases = {} # Tied tensors in memory: `{name: first name}`
-        self.label,self.folder = type(src).__name__,None # For messages; where configuration and tokenizer lie
+        self.label,self.folder = type(src).__name__,None # For messages; where the config files lie
         if isinstance(src, Checkpoint): self.__dict__.update(src.__dict__)
         elif isinstance(src, (nn.Module, Mapping)): self._entries,self.aliases = _open_memory(src)
         elif isinstance(src, (str, Path)):
             self.label = str(src)
             self._entries,self.folder = _open_path(src)
-        else: raise TypeError(f"cannot open a {type(src).__name__} as a model: pass a module, a state dict, a path or a hub id")
+        else:
+            raise TypeError(f"cannot open a {type(src).__name__} as a model: "
+                "pass a module, a state dict, a path or a hub id")
         if not self._entries: raise ValueError(f"{self.label} holds no tensors")
 
     @property
     def infos(self) -> dict: # `{name: TensorInfo}` in the source's order
         return {k: v[0] for k,v in self._entries.items()}
 
-    def read(self, name:str) -> Tensor: # On the CPU; shares memory with the source where that is in memory
+    def read(self, name:str) -> Tensor: # On the CPU; shares memory with a source in memory
         "The tensor called `name`"
         if name not in self._entries: raise KeyError(f"{self.label} has no tensor {name!r}")
         try: return self._entries[name][1]()
-        except SafetensorError as e: raise ValueError(f"{self.label}: {name} cannot be read ({e}); the file is damaged") from e
+        except SafetensorError as e:
+            raise ValueError(f"{self.label}: {name} cannot be read ({e}); "
+                "the file is damaged") from e
 
     def __len__(self): return len(self._entries)
     def __iter__(self): return iter(self._entries)
     def __contains__(self, name): return name in self._entries
-    def __repr__(self): return f"Checkpoint({self.label}: {len(self)} tensors, {sum(_numel(o.shape) for o in self.infos.values()):,} values)"
+    def __repr__(self):
+        n = sum(_numel(o.shape) for o in self.infos.values())
+        return f"Checkpoint({self.label}: {len(self)} tensors, {n:,} values)"
 
 def _numel(shape): return int(torch.Size(shape).numel())

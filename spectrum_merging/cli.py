@@ -15,11 +15,12 @@ from typing import Annotated
 
 # %% ../nbs/95_cli.ipynb #00000005
 def _says_errors(f):
-    "Turn errors that a user can mend into a message; `call_parse` prints it and exits with status 1"
+    "Turn errors a user can mend into a message; `call_parse` prints it and exits with status 1"
     @wraps(f)
     def inner(*args, **kwargs):
         try: return f(*args, **kwargs)
-        except (ValueError, TypeError, KeyError, OSError) as e: raise CliError(e.args[0] if isinstance(e, KeyError) else str(e)) from e
+        except (ValueError, TypeError, KeyError, OSError) as e:
+            raise CliError(e.args[0] if isinstance(e, KeyError) else str(e)) from e
     return inner
 
 # %% ../nbs/95_cli.ipynb #00000007
@@ -37,7 +38,8 @@ def scan_cli(
     from pathlib import Path
     if out and Path(out).exists(): raise FileExistsError(f"{out} exists: choose another name")
     from spectrum_merging.scan import scan
-    df = scan(model, base, estimator=estimator, of=of, n_workers=workers, progress=sys.stderr.isatty())
+    df = scan(model, base, estimator=estimator, of=of, n_workers=workers,
+        progress=sys.stderr.isatty())
     if out: df.to_csv(out, index=False)
     else: print(df.drop(columns=['unit']).to_string(index=False, float_format='{:.4g}'.format))
 
@@ -48,13 +50,15 @@ def _named(models):
     named = [bool(eq) and name.isidentifier() for name,eq,_ in pairs]
     if not any(named): return list(models)
     if not all(named): raise ValueError(f"name all models or none: {', '.join(models)}")
-    if len({o[0] for o in pairs})<len(pairs): raise ValueError(f"two models have the same name: {', '.join(models)}")
+    if len({o[0] for o in pairs})<len(pairs):
+        raise ValueError(f"two models have the same name: {', '.join(models)}")
     return {name: path for name,_,path in pairs}
 
 def _summary(plan):
     "How many tensors each mixture gets"
     from spectrum_merging.plan import mixture
-    return plan.table.apply(lambda r: mixture(plan.coefs(r)), axis=1).value_counts().rename('tensors').to_string()
+    mixtures = plan.table.apply(lambda r: mixture(plan.coefs(r)), axis=1)
+    return mixtures.value_counts().rename('tensors').to_string()
 
 @call_parse
 @_says_errors
@@ -62,7 +66,7 @@ def merge_cli(
     models:Annotated[str, "Models to merge, each PATH or NAME=PATH", dict(nargs='+')],
     out:Annotated[str, "New folder for the merged model", dict(opt=True, required=True)],
     base:str=None, # The model that they were fine-tuned from
-    strategy:str='standard', # standard, base_reset, snr_winner, snr_lowA, snr_lowB, snr_max or snr_weighted
+    strategy:str='standard', # standard, base_reset or snr_{winner,lowA,lowB,max,weighted}
     threshold:float=None, # SNR to pass
     top:float=None, # Share of layers to pass, in %; 50 where neither is given
     estimator:str='mp', # mp, paper_nlp, paper_vision or spectrum
@@ -80,8 +84,8 @@ def merge_cli(
     if plan: table = Plan.load(plan)
     else:
         heads = None if heads is None else [] if heads=='none' else heads.split(',')
-        table = make_plan(strategy, models, base, estimator=estimator, of=of, threshold=threshold, top=top, protocol=protocol,
-            heads=heads, progress=sys.stderr.isatty())
+        table = make_plan(strategy, models, base, estimator=estimator, of=of, threshold=threshold,
+            top=top, protocol=protocol, heads=heads, progress=sys.stderr.isatty())
     merge(table, models, base, out)
     print(f'{_summary(table)}\nwritten to {out}; the decision for each tensor is in {out}/plan.csv')
 
@@ -90,20 +94,21 @@ def merge_cli(
 @_says_errors
 def run_cli(
     experiment:Annotated[str, "Which experiment: vision", dict(choices=['vision'])],
-    data:str=None, # Folder with FashionMNIST/raw and KMNIST/raw; by default $SPECTRUM_DATA, else a download, else digits
+    data:str=None, # Folder of FashionMNIST/raw, KMNIST/raw; else $SPECTRUM_DATA, download, digits
     out:str=None, # New folder for results; by default results/vision-<time>
     quick:bool=False, # Small budget: minutes instead of half an hour
     base:str='rotation', # rotation, imagenet, or a .safetensors file of ResNet-18
     seed:int=0, # Of base and experts
-    cache:str=None, # Folder for experts and predictions; by default $SPECTRUM_CACHE or the user's cache
+    cache:str=None, # Folder of experts, predictions; by default $SPECTRUM_CACHE or the user's cache
 ):
-    "Train or load the experts, merge them by every strategy, evaluate, and write tables and figures"
+    "Train or load experts, merge them by every strategy, evaluate, write tables and figures"
     if not sys.stderr.isatty(): os.environ.setdefault('TQDM_MININTERVAL', '30')
     import pandas as pd
     from spectrum_merging.run import new_folder, run_vision, tables
     from spectrum_merging.vision import full, quick as quick_budget
     out = new_folder(out, experiment)
-    rows,bench = run_vision(data, out, budget=quick_budget if quick else full, base=base, seed=seed, cache=cache)
+    rows,bench = run_vision(data, out, budget=quick_budget if quick else full, base=base,
+        seed=seed, cache=cache)
     for t in bench.tasks.values(): print(t)
     with pd.option_context('display.width', 200):
         for title,df in tables(rows).items(): print(f'\n{title}\n{df.to_string(index=False)}')

@@ -19,7 +19,8 @@ def wilson(
     level:float=.95, # Confidence
 ) -> tuple[float, float]: # Lower and upper end
     "Wilson's interval for a proportion ([Wilson 1927](https://doi.org/10.1080/01621459.1927.10502953)). Raises `ValueError`"
-    if not 0 <= correct <= n or n==0: raise ValueError(f"{correct} correct out of {n}: pass 0 ≤ correct ≤ n and n ≥ 1")
+    if not 0 <= correct <= n or n==0:
+        raise ValueError(f"{correct} correct out of {n}: pass 0 ≤ correct ≤ n and n ≥ 1")
     ci = binomtest(int(correct), int(n)).proportion_ci(level, method='wilson')
     return ci.low,ci.high
 
@@ -30,7 +31,9 @@ def score(
 ) -> dict: # accuracy, lo, hi (95 %), macro_f1, n
     "Accuracy with its Wilson interval, and macro-F1. Raises `ValueError` where lengths differ"
     preds,labels = np.asarray(preds),np.asarray(labels)
-    if preds.shape!=labels.shape or preds.ndim!=1: raise ValueError(f"predictions have shape {preds.shape}, labels {labels.shape}: pass one class per item")
+    if preds.shape!=labels.shape or preds.ndim!=1:
+        raise ValueError(f"predictions have shape {preds.shape}, labels {labels.shape}: "
+            "pass one class per item")
     correct = int((preds==labels).sum())
     lo,hi = wilson(correct, len(labels))
     f1 = f1_score(labels, preds, average='macro', labels=np.unique(labels), zero_division=0)
@@ -51,7 +54,9 @@ def score_rows(
     **about, # What describes the method: method='…', threshold=…
 ) -> list: # One dict per task
     "Scores of one method on every task"
-    if list(preds)!=list(labels): raise ValueError(f"predictions for {list(preds)}, labels for {list(labels)}: pass the same tasks in the same order")
+    if list(preds)!=list(labels):
+        raise ValueError(f"predictions for {list(preds)}, labels for {list(labels)}: "
+            "pass the same tasks in the same order")
     return [about | dict(task=t) | score(p, labels[t]) for t,p in preds.items()]
 
 # %% ../nbs/70_evaluate.ipynb #00000010
@@ -68,6 +73,8 @@ def summarise(
     by:list, # Columns that identify a method
 ) -> pd.DataFrame: # One row per method: accuracy per task, mean and worst normalised accuracy
     "One line per method"
-    wide = rows.pivot_table(index=by, columns='task', values='accuracy', sort=False, observed=True, dropna=False)[list(dict.fromkeys(rows.task))]
+    wide = rows.pivot_table(index=by, columns='task', values='accuracy', sort=False, observed=True,
+        dropna=False)[list(dict.fromkeys(rows.task))]
     g = rows.groupby(by, sort=False, dropna=False).normalised
-    return wide.assign(mean_normalised=g.mean(), worst_normalised=g.min()).dropna(how='all').rename_axis(columns=None).reset_index()
+    res = wide.assign(mean_normalised=g.mean(), worst_normalised=g.min()).dropna(how='all')
+    return res.rename_axis(columns=None).reset_index()

@@ -32,21 +32,29 @@ def combine(
 # %% ../nbs/60_merge.ipynb #00000009
 def _check(plan, models, base):
     "Whether plan, models and base fit. Raises `ValueError`"
-    if list(models)!=plan.models: raise ValueError(f"the plan merges {plan.models}, the models given are {list(models)}: use the plan's names, in its order")
+    if list(models)!=plan.models:
+        raise ValueError(f"the plan merges {plan.models}, the models given are {list(models)}: "
+            "use the plan's names, in its order")
     if base is None and (plan.table.base!=0).any():
-        raise ValueError(f"the plan takes {plan.table.name[plan.table.base!=0].iloc[0]} from the base and none was given: pass base=")
+        raise ValueError(f"the plan takes {plan.table.name[plan.table.base!=0].iloc[0]} "
+            "from the base and none was given: pass base=")
     sources = dict(models, base=base)
     problems = []
     for row in plan.table.to_dict('records'):
         k = row['name'].partition('@')[0]
         used = [m for m,c in plan.coefs(row).items() if c]
         lost = [m for m in used if k not in sources[m]]
+        shown = [] if '@' in row['name'] else [m for m in models if k in models[m]]
         if lost: problems.append(f"{k} is not in {', '.join(lost)}")
         elif not used: problems.append(f"{k} has coefficients 0 only")
-        elif len({sources[m].infos[k].shape for m in used})>1: problems.append(f"{k} has different shapes in {', '.join(used)}")
+        elif len({sources[m].infos[k].shape for m in used + shown})>1:
+            problems.append(f"{k} has different shapes in {', '.join(dict.fromkeys(used + shown))}")
     planned = {o.partition('@')[0] for o in plan.table.name}
-    problems += [f"{k} of {m} is not in the plan" for m,o in models.items() for k in o if k not in planned]
-    if problems: raise ValueError("plan and models do not fit:\n  " + '\n  '.join(problems[:12]) + (f'\n  … and {len(problems)-12} more' if len(problems)>12 else ''))
+    problems += [f"{k} of {m} is not in the plan"
+        for m,o in models.items() for k in o if k not in planned]
+    if problems:
+        raise ValueError("plan and models do not fit:\n  " + '\n  '.join(problems[:12])
+            + (f'\n  … and {len(problems)-12} more' if len(problems)>12 else ''))
 
 def _merged_row(plan, row, sources):
     "The tensor that `row` of the plan describes"
@@ -54,7 +62,9 @@ def _merged_row(plan, row, sources):
     used = {m: c for m,c in plan.coefs(row).items() if c}
     tensors = {m: sources[m].read(k) for m in used}
     for m,t in tensors.items():
-        if t.is_floating_point() and not t.isfinite().all(): raise ValueError(f"{k} of {m} holds NaN or Inf: repair that checkpoint before merging it")
+        if t.is_floating_point() and not t.isfinite().all():
+            raise ValueError(f"{k} of {m} holds NaN or Inf: "
+                "repair that checkpoint before merging it")
     first = next((m for m in used if m!='base'), 'base')
     return combine(list(tensors.values()), list(used.values()), sources[first].infos[k].dtype)
 
@@ -64,8 +74,9 @@ def merge(
     base=None, # Their base, where the plan uses it
     out=None, # Folder to write; nothing is written where it is None
 ) -> dict | Path: # `{name: tensor}`, or the folder
-    "Run a plan in memory. Raises `ValueError` where plan and models do not fit, `FileExistsError` where `out` exists"
-    if out is not None and Path(out).exists(): raise FileExistsError(f"{out} exists: choose a new folder")
+    "Run a plan. Raises `ValueError` where it does not fit the models, `FileExistsError` for `out`"
+    if out is not None and Path(out).exists():
+        raise FileExistsError(f"{out} exists: choose a new folder")
     models,base = name_models(models, base)
     _check(plan, models, base)
     sources = dict(models, base=base)
@@ -79,13 +90,16 @@ def task_state(
 ) -> dict: # State dict with plain names
     "Shared body and the head of `task`. Raises `KeyError` for an unknown task"
     tasks = {k.partition('@')[2] for k in merged if '@' in k}
-    if tasks and task not in tasks: raise KeyError(f"task is {task!r}: the merge has heads for {', '.join(sorted(tasks))}")
-    return {k.partition('@')[0]: v for k,v in merged.items() if '@' not in k or k.endswith(f'@{task}')}
+    if tasks and task not in tasks:
+        raise KeyError(f"task is {task!r}: the merge has heads for {', '.join(sorted(tasks))}")
+    return {k.partition('@')[0]: v for k,v in merged.items()
+        if '@' not in k or k.endswith(f'@{task}')}
 
 # %% ../nbs/60_merge.ipynb #00000011
 def _small_files(folder):
     "Configuration and tokenizer files of a model folder"
-    return [o for o in sorted(folder.iterdir() if folder else []) if o.is_file() and not o.name.endswith('.index.json')
+    return [o for o in sorted(folder.iterdir() if folder else [])
+        if o.is_file() and not o.name.endswith('.index.json')
         and o.suffix in ('.json','.txt','.model','.jinja','.py') and o.stat().st_size < 50_000_000]
 
 def save_merged(
@@ -96,12 +110,15 @@ def save_merged(
 ) -> Path:
     "Write a merged model as a folder that `transformers` and `load_task` read"
     tmp = out.with_name(f'.{out.name}.{os.getpid()}.tmp')
-    meta = dict(format='pt', merged_by=f'spectrum-merging {__version__}', plan_digest=plan.digest, plan=json.dumps(plan.meta))
+    meta = dict(format='pt', merged_by=f'spectrum-merging {__version__}', plan_digest=plan.digest,
+        plan=json.dumps(plan.meta))
     try:
         (tmp/'heads').mkdir(parents=True)
-        save_file({k: v.contiguous() for k,v in merged.items() if '@' not in k}, tmp/'model.safetensors', meta)
+        body = {k: v.contiguous() for k,v in merged.items() if '@' not in k}
+        save_file(body, tmp/'model.safetensors', meta)
         for task in plan.models:
-            head = {k.partition('@')[0]: v.contiguous() for k,v in merged.items() if k.endswith(f'@{task}')}
+            head = {k.partition('@')[0]: v.contiguous()
+                for k,v in merged.items() if k.endswith(f'@{task}')}
             if head: save_file(head, tmp/f'heads/{task}.safetensors', meta)
         if not any((tmp/'heads').iterdir()): (tmp/'heads').rmdir()
         plan.save(tmp/'plan.csv')
@@ -119,5 +136,6 @@ def load_task(
     out = Path(out)
     sd = load_file(out/'model.safetensors')
     tasks = {o.stem: o for o in sorted((out/'heads').glob('*.safetensors'))}
-    if tasks and task not in tasks: raise KeyError(f"task is {task!r}: {out} has heads for {', '.join(tasks)}")
+    if tasks and task not in tasks:
+        raise KeyError(f"task is {task!r}: {out} has heads for {', '.join(tasks)}")
     return sd | (load_file(tasks[task]) if tasks else {})

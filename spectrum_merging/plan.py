@@ -31,23 +31,30 @@ def mixture(
     c = {k: v for k,v in coefs.items() if v}
     if not c: return 'zero'
     if len(c)==1 and 1 in c.values(): return f"all {next(iter(c))}"
-    if len(set(c.values()))==1 and np.isclose(sum(c.values()), 1): return f"average of {', '.join(c)}"
+    if len(set(c.values()))==1 and np.isclose(sum(c.values()), 1):
+        return f"average of {', '.join(c)}"
     return ' + '.join(f'{v:.3g}·{k}' for k,v in c.items())
 
 # %% ../nbs/40_plan.ipynb #00000007
 class Plan:
     "A table of merge coefficients with the settings that made it"
     def __init__(self,
-        table:pd.DataFrame, # name, unit, role, op, base, one coefficient column per model, snr_… columns, reason
+        table:pd.DataFrame, # name, unit, role, op, base, a column per model, snr_…, reason
         meta:dict, # `models`: their names; what else made the table
     ):
-        "Check the table. Raises `ValueError` where a column or a value is missing or a name stands twice"
+        "Check the table. Raises `ValueError` for a missing column or value or a repeated name"
         self.models,self.meta = list(meta['models']),meta
-        if lost := [o for o in _fixed+self.models if o not in table]: raise ValueError(f"the plan lacks the columns {lost}")
-        if (dup := table.name[table.name.duplicated()]).size: raise ValueError(f"the plan names {dup.iloc[0]!r} twice")
+        if lost := [o for o in _fixed+self.models if o not in table]:
+            raise ValueError(f"the plan lacks the columns {lost}")
+        if (dup := table.name[table.name.duplicated()]).size:
+            raise ValueError(f"the plan names {dup.iloc[0]!r} twice")
         bad = table.name[~np.isfinite(table[['base']+self.models].to_numpy(float)).all(1)]
-        if bad.size: raise ValueError(f"the plan's row {bad.iloc[0]!r} has a coefficient that is no finite number")
-        if (ops := set(table.op)-{'linear'}): raise ValueError(f"the plan has unknown operations {sorted(ops)}: this version runs 'linear'")
+        if bad.size:
+            raise ValueError(f"the plan's row {bad.iloc[0]!r} has a coefficient "
+                "that is no finite number")
+        if (ops := set(table.op)-{'linear'}):
+            raise ValueError(f"the plan has unknown operations {sorted(ops)}: "
+                "this version runs 'linear'")
         self.table = table.reset_index(drop=True)
 
     def coefs(self, row) -> dict:
@@ -57,12 +64,15 @@ class Plan:
     @property
     def digest(self) -> str: # 16 hexadecimal digits
         "Hash of everything that determines the merged tensors, and of nothing else"
-        rows = sorted([r['name'], r['op'], {k: v.hex() for k,v in self.coefs(r).items() if v}] for r in self.table.to_dict('records'))
+        rows = sorted([r['name'], r['op'], {k: v.hex() for k,v in self.coefs(r).items() if v}]
+            for r in self.table.to_dict('records'))
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
     def _repr_html_(self): return f'<p>{self._title()}</p>' + self.table._repr_html_()
     def __repr__(self): return f'Plan({self._title()})'
-    def _title(self): return f"{self.meta.get('strategy', 'edited')} of {', '.join(self.models)}: {len(self.table)} tensors, digest {self.digest}"
+    def _title(self):
+        return (f"{self.meta.get('strategy', 'edited')} of {', '.join(self.models)}: "
+            f"{len(self.table)} tensors, digest {self.digest}")
 
 # %% ../nbs/40_plan.ipynb #0000000a
 def name_models(
@@ -70,19 +80,27 @@ def name_models(
     base=None, # Model that they were fine-tuned from
 ) -> tuple[dict, Checkpoint]: # `{name: Checkpoint}` (a, b, c … for a list), base
     "Open everything. Raises what `Checkpoint` raises, and `ValueError` for unusable names"
-    if isinstance(models, (str, Path)): raise TypeError(f"models is the one path {str(models)!r}: pass a list of models, or {{task: model}}")
-    if not isinstance(models, dict): models = {chr(97+i) if len(models)<=26 else f'm{i}': o for i,o in enumerate(models)}
-    bad = [k for k in models if not isinstance(k, str) or k in _fixed+['reason'] or k.startswith('snr_') or set('@/\\') & set(k) or not k.strip()]
-    if bad: raise ValueError(f"model name {bad[0]!r} is taken or unusable: use plain words other than {', '.join(_fixed)}, reason, snr_…, without @ and slashes")
+    if isinstance(models, (str, Path)):
+        raise TypeError(f"models is the one path {str(models)!r}: "
+            "pass a list of models, or {task: model}")
+    if not isinstance(models, dict):
+        models = {chr(97+i) if len(models)<=26 else f'm{i}': o for i,o in enumerate(models)}
+    bad = [k for k in models if not isinstance(k, str) or k in _fixed+['reason']
+        or k.startswith('snr_') or set('@/\\') & set(k) or not k.strip()]
+    if bad:
+        raise ValueError(f"model name {bad[0]!r} is taken or unusable: use plain words "
+            f"other than {', '.join(_fixed)}, reason, snr_…, without @ and slashes")
     return {k: Checkpoint(o) for k,o in models.items()},None if base is None else Checkpoint(base)
 
 def _head_by_shape(infos, units):
     "The one unit whose tensors differ between models in their number of rows only, or None"
     first,*rest = infos
     odd = [k for k in first if any(k in o and o[k].shape!=first[k].shape for o in rest)]
-    rows_only = all(k in o and len(o[k].shape)==len(first[k].shape)>0 and o[k].shape[1:]==first[k].shape[1:] for k in odd for o in rest)
+    rows_only = all(k in o and len(o[k].shape)==len(first[k].shape)>0
+        and o[k].shape[1:]==first[k].shape[1:] for k in odd for o in rest)
     found = {units.unit[k] for k in odd}
-    return found.pop() if rows_only and len(found)==1 and 'embedding' not in set(units.role[odd]) else None
+    one = rows_only and len(found)==1 and 'embedding' not in set(units.role[odd])
+    return found.pop() if one else None
 
 # %% ../nbs/40_plan.ipynb #0000000b
 def preflight(
@@ -94,26 +112,35 @@ def preflight(
     infos = {k: o.infos for k,o in models.items()}
     name,first = next(iter(infos.items()))
     ck = models[name]
-    if isinstance(heads, str): raise ValueError(f"heads is the string {heads!r}: pass a list of prefixes, [{heads!r}]")
+    if isinstance(heads, str):
+        raise ValueError(f"heads is the string {heads!r}: pass a list of prefixes, [{heads!r}]")
     if lost := [o for o in heads or [] if not any(is_head(k, [o]) for k in first)]:
-        raise ValueError(f"no tensor belongs to the head {lost[0]!r}: the last are {', '.join(list(first)[-3:])}")
+        raise ValueError(f"no tensor belongs to the head {lost[0]!r}: "
+            f"the last are {', '.join(list(first)[-3:])}")
     units = find_units(first, heads, ck.aliases)
-    if heads is None and (unit := _head_by_shape(infos.values(), units)): units = find_units(first, [unit]+[
-        k.rpartition('.')[0] for k in first if is_head(k)], ck.aliases)
+    if heads is None and (unit := _head_by_shape(infos.values(), units)):
+        units = find_units(first,
+            [unit]+[k.rpartition('.')[0] for k in first if is_head(k)], ck.aliases)
     problems = []
-    for other,o in [(k, v) for k,v in infos.items() if k!=name] + ([('base', base.infos)] if base else []):
+    others = [(k, v) for k,v in infos.items() if k!=name] + ([('base', base.infos)] if base else [])
+    for other,o in others:
         for k in first:
             if other=='base' and (units.role[k]=='head' or is_head(k)): continue
             if k not in o: problems.append(f"{k}: in {name}, not in {other}")
-            elif o[k].is_float!=first[k].is_float: problems.append(f"{k}: dtype {first[k].dtype} in {name}, {o[k].dtype} in {other}")
+            elif o[k].is_float!=first[k].is_float:
+                problems.append(f"{k}: dtype {first[k].dtype} in {name}, {o[k].dtype} in {other}")
             elif o[k].shape!=first[k].shape and units.role[k]!='head':
                 problems.append(f"{k}: shape {first[k].shape} in {name}, {o[k].shape} in {other}")
-        if other!='base': problems += [f"{k}: in {other}, not in {name}" for k in o if k not in first]
+        if other!='base':
+            problems += [f"{k}: in {other}, not in {name}" for k in o if k not in first]
     if problems:
-        shown = '\n  '.join(problems[:12]) + (f'\n  … and {len(problems)-12} more' if len(problems)>12 else '')
+        shown = '\n  '.join(problems[:12]) + (
+            f'\n  … and {len(problems)-12} more' if len(problems)>12 else '')
         raise ValueError(f"the models do not fit together ({len(problems)} problems):\n  {shown}\n"
-            "Merge models of one architecture and vocabulary, fine-tuned from one base; name task heads with heads=[...]")
-    if all(units.role=='head'): raise ValueError("every tensor belongs to a head: name the heads with heads=[...]")
+            "Merge models of one architecture and vocabulary, fine-tuned from one base; "
+            "name task heads with heads=[...]")
+    if all(units.role=='head'):
+        raise ValueError("every tensor belongs to a head: name the heads with heads=[...]")
     return units
 
 # %% ../nbs/40_plan.ipynb #0000000d
@@ -126,19 +153,23 @@ def check_values(
         seen = {m: o.read(k) for m,o in models.items() if k in o}
         for m,t in seen.items():
             if t.is_floating_point() and not t.isfinite().all():
-                raise ValueError(f"{k} of {m} holds {int(t.isnan().sum())} NaN and {int(t.isinf().sum())} Inf among {t.numel()} values; "
+                raise ValueError(f"{k} of {m} holds {int(t.isnan().sum())} NaN and "
+                    f"{int(t.isinf().sum())} Inf among {t.numel()} values; "
                     "repair or re-export that checkpoint before merging it")
         (m0,t0),*rest = seen.items()
         if t0.is_floating_point() or units.role[k] in ('stat', 'head'): continue
         if bad := [m for m,t in rest if not t.equal(t0)]:
-            raise ValueError(f"{k} is {t0.dtype} and differs between {m0} and {bad[0]}: integers cannot be merged; dequantise or align the models")
+            raise ValueError(f"{k} is {t0.dtype} and differs between {m0} and {bad[0]}: "
+                "integers cannot be merged; dequantise or align the models")
 
 # %% ../nbs/40_plan.ipynb #00000010
 def _paper_decided(infos, estimator, aliases):
-    "Names that the paper's notebooks decide: the text rule for 'paper_nlp', the image rule for 'paper_vision', else by the presence of kernels"
-    text = estimator=='paper_nlp' or (estimator!='paper_vision' and not any(len(o.shape)==4 for o in infos.values()))
+    "Names the paper decides: text or image rule by estimator, else by the presence of kernels"
+    text = estimator=='paper_nlp' or (
+        estimator!='paper_vision' and not any(len(o.shape)==4 for o in infos.values()))
     def decided(k, o):
-        return 'weight' in k and o.is_float and k not in aliases and ('layer' in k if text else len(o.shape)>=2)
+        return ('weight' in k and o.is_float and k not in aliases
+            and ('layer' in k if text else len(o.shape)>=2))
     return [k for k,o in infos.items() if decided(k, o)]
 
 def _unit_snrs(units, infos, scans):
@@ -158,36 +189,47 @@ def _snr_columns(models, base, units, estimator, of, scans, progress):
     "`{model: Series of SNR by tensor name}`, measured now or taken from `scans`"
     if scans is None:
         heads = [k.rpartition('.')[0] for k in units.index if units.role[k]=='head' or is_head(k)]
-        scans = {m: scan(o, base if of=='update' else None, estimator=estimator, of=of, heads=heads, progress=progress) for m,o in models.items()}
-    if list(scans)!=list(models): raise ValueError(f"scans are of {list(scans)}, the models are {list(models)}: use the same names")
+        scans = {m: scan(o, base if of=='update' else None, estimator=estimator, of=of,
+            heads=heads, progress=progress) for m,o in models.items()}
+    if list(scans)!=list(models):
+        raise ValueError(f"scans are of {list(scans)}, the models are {list(models)}: "
+            "use the same names")
     for m,df in scans.items():
         made = {k: df.attrs.get(k, v) for k,v in dict(estimator=estimator, of=of).items()}
-        if made!=dict(estimator=estimator, of=of): raise ValueError(f"the scan of {m} was made with {made}, the plan asks for estimator={estimator!r}, of={of!r}")
+        if made!=dict(estimator=estimator, of=of):
+            raise ValueError(f"the scan of {m} was made with {made}, "
+                f"the plan asks for estimator={estimator!r}, of={of!r}")
     return {m: df.set_index('name').snr for m,df in scans.items()}
 
 # %% ../nbs/40_plan.ipynb #00000012
 def _decide(s, strategy, threshold, top, paper):
-    "Coefficients (K, 1+N), cut and reasons for the SNRs `s`, a frame (K, N); the paper's top 100 % leaves out the last layer"
+    "Coefficients, cut, reasons for SNRs `s` (K, N); the paper's top 100 % skips the last layer"
     peak = s.max(axis=1)
     cut = -np.inf if top==100 and not paper else cut_value(peak.to_numpy(), threshold, top)
     coefs = strategy.f(s.to_numpy(), (peak > cut).to_numpy())
-    reasons = [f"largest SNR {p:.4g} ({s.columns[i]}) {'>' if p>cut else '≤'} {cut:.4g}" for p,i in zip(peak, s.to_numpy().argmax(1))]
+    reasons = [f"largest SNR {p:.4g} ({s.columns[i]}) {'>' if p>cut else '≤'} {cut:.4g}"
+        for p,i in zip(peak, s.to_numpy().argmax(1))]
     return pd.DataFrame(coefs, s.index, ['base',*s]),cut,pd.Series(reasons, s.index)
 
 def _rows(units, models, follows, decided, s, strategy_name):
-    "Plan rows: a decided tensor follows its key in `decided`, a head stays with its task, all else is averaged"
+    "Plan rows: a decided tensor follows its key, a head stays with its task, the rest is averaged"
     coefs,reasons = decided
     average = {'base': 0.} | {m: 1/len(models) for m in models}
     for k,(unit,role) in units[['unit','role']].iterrows():
         row = dict(name=k, unit=unit, role=role, op='linear')
         if role=='head' and follows is not None:
-            for m in models: yield row | dict(name=f'{k}@{m}', base=0.) | {o: float(o==m) for o in models} | dict(reason='head kept per task')
+            for m in models:
+                yield (row | dict(name=f'{k}@{m}', base=0.) | {o: float(o==m) for o in models}
+                    | dict(reason='head kept per task'))
         elif role=='buffer' and follows is not None:
-            yield row | dict(base=0.) | {o: float(o==next(iter(models))) for o in models} | dict(reason='the same integers in every model')
+            yield (row | dict(base=0.) | {o: float(o==next(iter(models))) for o in models}
+                | dict(reason='the same integers in every model'))
         elif (key := k if follows is None else unit) in coefs.index:
-            yield row | coefs.loc[key].to_dict() | {f'snr_{m}': s.loc[key,m] for m in models} | dict(reason=reasons[key])
+            yield (row | coefs.loc[key].to_dict() | {f'snr_{m}': s.loc[key,m] for m in models}
+                | dict(reason=reasons[key]))
         else:
-            why = 'average everywhere' if strategy_name=='standard' else 'not decided by the paper' if follows is None else 'no matrix in this unit'
+            why = ('average everywhere' if strategy_name=='standard'
+                else 'not decided by the paper' if follows is None else 'no matrix in this unit')
             yield row | average | dict(reason=why)
 
 def make_plan(
@@ -196,38 +238,48 @@ def make_plan(
     base=None, # The model that they were fine-tuned from
     *,
     estimator:str='mp', # 'mp', 'paper_nlp', 'paper_vision' or 'spectrum'
-    of:str=None, # 'weights' or 'update'; by default the update where there is a base, and weights under the paper's protocol
+    of:str=None, # 'weights' or 'update'; by default the update with a base, weights for 'paper'
     threshold:float=None, # SNR to pass
     top:float=None, # Share of layers to pass, in %; 50 where neither is given
-    protocol:str='unit', # 'unit': layers decided whole, heads kept per task; 'paper': as in the paper
+    protocol:str='unit', # 'unit': layers decided whole, a head per task; 'paper': as in the paper
     heads:list=None, # Prefixes of task heads; None finds them, [] merges them like everything else
     scans:dict=None, # `{task: scan(...)}` made before; measured here by default
     progress:bool=False, # Show a progress bar while measuring
 ) -> Plan:
-    "Decide every tensor of a merge. Raises `ValueError` that names what is wrong, before anything is measured"
+    "Decide every tensor of a merge. Raises `ValueError` that says why before anything is measured"
     check_estimator(estimator)
     check_cut(threshold, top)
-    if protocol not in ('unit', 'paper'): raise ValueError(f"protocol is {protocol!r}: choose 'unit' or 'paper'")
+    if protocol not in ('unit', 'paper'):
+        raise ValueError(f"protocol is {protocol!r}: choose 'unit' or 'paper'")
     if isinstance(models, (str, Path)): name_models(models)
     rule = get_strategy(strategy, len(models), base is not None)
     paper = protocol=='paper'
-    if paper and len(models)!=2: raise ValueError(f"protocol='paper' is defined for 2 models, not {len(models)}; use protocol='unit'")
-    if paper and heads: raise ValueError(f"protocol='paper' averages heads, but heads={heads}: use protocol='unit' to keep them")
+    if paper and len(models)!=2:
+        raise ValueError(f"protocol='paper' is defined for 2 models, not {len(models)}; "
+            "use protocol='unit'")
+    if paper and heads:
+        raise ValueError(f"protocol='paper' averages heads, but heads={heads}: "
+            "use protocol='unit' to keep them")
     models,base = name_models(models, base)
     of = 'weights' if paper and of is None else resolve_of(of, base)
-    units = preflight(models, base if rule.needs_base or of=='update' else None, [] if paper else heads)
+    units = preflight(models, base if rule.needs_base or of=='update' else None,
+        [] if paper else heads)
     check_values(models | ({'base': base} if rule.needs_base or of=='update' else {}), units)
     infos = next(iter(models.values())).infos
     meta = dict(models=list(models), strategy=strategy, protocol=protocol, version=__version__)
     decided,s = (pd.DataFrame(),pd.Series(dtype=str)),None
     if rule.needs_snr:
         found = _snr_columns(models, base, units, estimator, of, scans, progress)
-        s = _paper_snrs(_paper_decided(infos, estimator, next(iter(models.values())).aliases), found) if paper else _unit_snrs(units, infos, found)
+        aliases = next(iter(models.values())).aliases
+        s = (_paper_snrs(_paper_decided(infos, estimator, aliases), found) if paper
+            else _unit_snrs(units, infos, found))
         if not len(s): raise ValueError("no layer is left to decide: all matrices belong to heads")
         coefs,cut,reasons = _decide(s, rule, threshold, top, paper)
         decided = coefs,reasons
-        meta |= dict(estimator=estimator, of=of, cut=cut) | (dict(top=50 if top is None else top) if threshold is None else dict(threshold=threshold))
-    table = pd.DataFrame(list(_rows(units, models, None if paper else 'unit', decided, s, strategy)))
+        meta |= dict(estimator=estimator, of=of, cut=cut) | (dict(top=50 if top is None else top)
+            if threshold is None else dict(threshold=threshold))
+    rows = _rows(units, models, None if paper else 'unit', decided, s, strategy)
+    table = pd.DataFrame(list(rows))
     snrs = [f'snr_{m}' for m in models]
     return Plan(table.reindex(columns=_fixed+list(models)+snrs+['reason']), meta)
 
@@ -240,9 +292,12 @@ def explain(
     "Why each tensor called `name`, or in the unit `name`, gets what it gets. Raises `KeyError`"
     t = self.table
     rows = t[(t.name==name) | (t.unit==name) | (t.name.map(_tensor_name)==name)]
-    if not len(rows): raise KeyError(f"the plan has no tensor or unit {name!r}; see plan.table.name")
-    how = ', '.join(f'{k}={self.meta[k]}' for k in ('strategy','protocol','estimator','of','threshold','top') if k in self.meta)
-    return '\n'.join([how] + [f"{r['name']} ({r['role']} of {r['unit']}): {mixture(self.coefs(r))} ({r['reason']})" for _,r in rows.iterrows()])
+    if not len(rows):
+        raise KeyError(f"the plan has no tensor or unit {name!r}; see plan.table.name")
+    settings = 'strategy','protocol','estimator','of','threshold','top'
+    how = ', '.join(f'{k}={self.meta[k]}' for k in settings if k in self.meta)
+    return '\n'.join([how] + [f"{r['name']} ({r['role']} of {r['unit']}): "
+        f"{mixture(self.coefs(r))} ({r['reason']})" for _,r in rows.iterrows()])
 
 # %% ../nbs/40_plan.ipynb #00000019
 @patch
@@ -251,10 +306,13 @@ def diff(
     other:Plan, # Plan of the same models
 ) -> pd.DataFrame: # Rows that differ: name, what this plan does, what the other does
     "Where two plans differ in what they do. Raises `ValueError` for other models"
-    if self.models!=other.models: raise ValueError(f"the plans merge {self.models} and {other.models}: compare plans of the same models")
+    if self.models!=other.models:
+        raise ValueError(f"the plans merge {self.models} and {other.models}: "
+            "compare plans of the same models")
     a,b = ({r['name']: _key(self.coefs(r)) for _,r in p.table.iterrows()} for p in (self, other))
     names = [k for k in dict.fromkeys([*a, *b]) if a.get(k)!=b.get(k)]
-    return pd.DataFrame([dict(name=k, this=_words(a.get(k)), other=_words(b.get(k))) for k in names], columns=['name','this','other'])
+    return pd.DataFrame([dict(name=k, this=_words(a.get(k)), other=_words(b.get(k)))
+        for k in names], columns=['name','this','other'])
 
 def _key(coefs): return tuple((k, v) for k,v in coefs.items() if v)
 def _words(key): return 'absent' if key is None else mixture(dict(key))
@@ -268,10 +326,12 @@ def save(
 ) -> Path:
     "Write the plan. Raises `FileExistsError` where the file exists"
     path = Path(path)
-    if path.exists() and not overwrite: raise FileExistsError(f"{path} exists: choose another name or pass overwrite=True")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists: choose another name or pass overwrite=True")
     tmp = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
-        tmp.write_text(f'# {json.dumps(self.meta)}\n' + self.table.to_csv(index=False), encoding='utf-8')
+        tmp.write_text(f'# {json.dumps(self.meta)}\n' + self.table.to_csv(index=False),
+            encoding='utf-8')
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
     return path
@@ -292,10 +352,13 @@ def load(
         head,_,rest = Path(path).read_text(encoding='utf-8-sig').partition('\n')
         if head.startswith('"#'): head = ','.join(next(csv.reader([head]))).rstrip(',')
         try: meta = json.loads(head.removeprefix('#'))
-        except json.JSONDecodeError as e: raise ValueError(f"its first line is no JSON ({e})") from e
-        if not head.startswith('#') or not isinstance(meta, dict) or not isinstance(meta.get('models'), list):
+        except json.JSONDecodeError as e:
+            raise ValueError(f"its first line is no JSON ({e})") from e
+        models = meta.get('models') if isinstance(meta, dict) else None
+        if not head.startswith('#') or not isinstance(models, list):
             raise ValueError("its first line does not name the models")
         table = pd.read_csv(StringIO(rest), dtype=str, keep_default_na=False)
-        for k in [o for o in table if o=='base' or o in meta['models'] or o.startswith('snr_')]: table[k] = table[k].map(_number)
+        for k in [o for o in table if o=='base' or o in models or o.startswith('snr_')]:
+            table[k] = table[k].map(_number)
         return cls(table, meta)
     except ValueError as e: raise ValueError(f"{path} is no plan: {e}") from e

@@ -12,8 +12,8 @@ import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 
 # %% ../nbs/85_plot.ipynb #00000005
-_colors = dict(standard='0.45', snr_lowA='tab:blue', snr_lowB='tab:orange', snr_max='tab:green', snr_weighted='tab:red',
-    snr_winner='tab:purple', base_reset='tab:brown')
+_colors = dict(standard='0.45', snr_lowA='tab:blue', snr_lowB='tab:orange', snr_max='tab:green',
+    snr_weighted='tab:red', snr_winner='tab:purple', base_reset='tab:brown')
 
 def _finish(fig, axs, caption):
     for ax in axs:
@@ -29,7 +29,7 @@ def plot_thresholds(
 ) -> Figure: # One panel per task
     "Accuracy of each strategy against the SNR threshold, with 95 % intervals"
     tasks = list(dict.fromkeys(rows.task))
-    fig = Figure(figsize=(9, 3.4), dpi=50, layout='constrained')
+    fig = Figure(figsize=(8, 3), dpi=50, layout='constrained')
     axs = fig.subplots(1, len(tasks), sharey=True)
     order = list(dict.fromkeys(rows.strategy))
     for ax,task in zip(axs, tasks):
@@ -37,13 +37,17 @@ def plot_thresholds(
         for i,name in enumerate(order):
             r = rows[(rows.task==task) & (rows.strategy==name)].sort_values('threshold')
             at = [x.index(t)+.06*(i-len(order)/2) for t in r.threshold]
-            ax.errorbar(at, r.accuracy, [r.accuracy-r.lo, r.hi-r.accuracy], marker='o', ms=4, lw=1.4, capsize=2, color=_colors.get(name), label=name)
+            ax.errorbar(at, r.accuracy, [r.accuracy-r.lo, r.hi-r.accuracy], marker='o', ms=4,
+                lw=1.4, capsize=2, color=_colors.get(name), label=name)
         for (label,y),color in zip(lines[task].items(), ('k','0.6')):
             ax.axhline(y, ls=':', color=color)
-            ax.text(.99, y+.01, label, transform=ax.get_yaxis_transform(), ha='right', fontsize=8, color=color)
-        ax.set(title=task, xlabel='SNR threshold', ylim=(0, 1.02), xticks=range(len(x)), xticklabels=[f'{t:g}' for t in x])
+            ax.text(.99, y+.01, label, transform=ax.get_yaxis_transform(), ha='right', fontsize=8,
+                color=color)
+        ax.set(title=task, xlabel='SNR threshold', ylim=(0, 1.02), xticks=range(len(x)),
+            xticklabels=[f'{t:g}' for t in x])
     axs[0].set_ylabel('test accuracy')
-    fig.legend(*axs[0].get_legend_handles_labels(), loc='outside right upper', frameon=False, fontsize=8)
+    fig.legend(*axs[0].get_legend_handles_labels(), loc='outside right upper', frameon=False,
+        fontsize=8)
     return _finish(fig, axs, caption)
 
 # %% ../nbs/85_plot.ipynb #00000007
@@ -57,15 +61,17 @@ def plot_snr(
     a,b = scans.values()
     names = [k for k in a.name if k in set(b.name)]
     y = np.stack([df.set_index('name').snr[names].to_numpy(float) for df in (a, b)])
-    fig = Figure(figsize=(9, 3.6), dpi=50, layout='constrained')
+    fig = Figure(figsize=(8, 3.2), dpi=50, layout='constrained')
     ax = fig.subplots()
     x = np.arange(len(names))
     floor = max(y[y>0].min()/2, y.max()*1e-6) if (y>0).any() else 1e-3
     for v,name,dx,color in zip(y, scans, (-.2,.2), ('tab:blue','tab:orange')):
         ax.bar(x+dx, np.maximum(v, floor), .4, label=name, color=color)
     win = y.argmax(0)
-    ax.scatter(x+np.where(win, .2, -.2), np.maximum(y.max(0), floor)*1.25, marker='*', s=36, color='k', label='louder of the two')
-    if threshold is not None: ax.axhline(threshold, ls=':', color='k', label=f'threshold {threshold:.3g}')
+    ax.scatter(x+np.where(win, .2, -.2), np.maximum(y.max(0), floor)*1.25, marker='*', s=36,
+        color='k', label='louder of the two')
+    if threshold is not None:
+        ax.axhline(threshold, ls=':', color='k', label=f'threshold {threshold:.3g}')
     ax.set_yscale('log')
     ax.set_ylim(bottom=floor*.9)
     ax.set_xticks(x, [k.removesuffix('.weight') for k in names], rotation=90, fontsize=7)
@@ -79,12 +85,14 @@ def plot_repair(
     caption='', # Data, n and seeds, set below the figure
 ) -> Figure: # One group of bars per method
     "Mean normalised accuracy of each method under each treatment of heads and BatchNorm"
-    wide = table.pivot_table(index='method', columns='treatment', values='mean_normalised', sort=False)
-    fig = Figure(figsize=(9, 3.4), dpi=50, layout='constrained')
+    wide = table.pivot_table(index='method', columns='treatment', values='mean_normalised',
+        sort=False)
+    fig = Figure(figsize=(8, 3), dpi=50, layout='constrained')
     ax = fig.subplots()
     width = .8/wide.shape[1]
     for i,(name,col) in enumerate(wide.items()):
-        ax.bar(np.arange(len(wide))+(i-(wide.shape[1]-1)/2)*width, col, width, label=name, color=f'C{i}')
+        at = np.arange(len(wide))+(i-(wide.shape[1]-1)/2)*width
+        ax.bar(at, col, width, label=name, color=f'C{i}')
     ax.axhline(1, ls=':', color='k')
     ax.set_xticks(range(len(wide)), wide.index, rotation=30, ha='right', fontsize=8)
     ax.set(ylabel='accuracy / expert, mean of tasks', ylim=(0, 1.05))

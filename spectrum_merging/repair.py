@@ -16,7 +16,8 @@ def bn_layers(
     model:nn.Module,
 ) -> dict: # `{name: BatchNorm module}` that keep running statistics
     "The model's BatchNorm layers"
-    return {k: m for k,m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats}
+    return {k: m for k,m in model.named_modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats}
 
 # %% ../nbs/65_repair.ipynb #00000006
 @torch.no_grad()
@@ -26,7 +27,9 @@ def reestimate_bn(
 ) -> nn.Module: # A copy with new running statistics, in evaluation mode
     "Measure BatchNorm statistics again ([Jordan et al. 2023](https://arxiv.org/abs/2211.08403)). Raises `ValueError`"
     model = copy.deepcopy(model).eval()
-    if not (layers := bn_layers(model)): raise ValueError(f"{type(model).__name__} has no BatchNorm with running statistics: nothing to measure again")
+    if not (layers := bn_layers(model)):
+        raise ValueError(f"{type(model).__name__} has no BatchNorm with running statistics: "
+            "nothing to measure again")
     momenta = [m.momentum for m in layers.values()]
     for m in layers.values():
         m.reset_running_stats()
@@ -34,7 +37,8 @@ def reestimate_bn(
         m.train()
     n = 0
     for x in batches:
-        if len(x) < 2: raise ValueError(f"batch {n} holds {len(x)} input(s): statistics need 2 or more")
+        if len(x) < 2:
+            raise ValueError(f"batch {n} holds {len(x)} input(s): statistics need 2 or more")
         model(x)
         n += 1
     if not n: raise ValueError("batches is empty: pass some unlabelled inputs")

@@ -20,7 +20,8 @@ from .plan import make_plan
 from .plot import plot_repair, plot_snr, plot_thresholds
 from .repair import reestimate_bn
 from .scan import scan
-from .vision import Budget, cache_dir, digest, full, load_tasks, make_base, make_expert, predict, prepare, quick, resnet18
+from .vision import (Budget, cache_dir, digest, full, load_tasks, make_base,
+    make_expert, predict, prepare, quick, resnet18)
 
 # %% ../nbs/88_run.ipynb #00000006
 def _stored(path, make):
@@ -44,30 +45,38 @@ class Bench:
         progress:bool=True,
     ):
         "Train or load base and experts"
-        self.tasks = {k: t.limit(budget.train, budget.test) if budget.train else t for k,t in tasks.items()}
-        self.cache,self.progress,self.seed,self.images = Path(cache or cache_dir()),progress,seed,budget.calibration
+        self.tasks = {k: t.limit(budget.train, budget.test) if budget.train else t
+            for k,t in tasks.items()}
+        self.cache,self.progress = Path(cache or cache_dir()),progress
+        self.seed,self.images = seed,budget.calibration
         self.base,base_key = made = make_base(self.tasks, budget, base, seed, self.cache, progress)
-        experts = {k: make_expert(t, made, budget, seed, self.cache, progress) for k,t in self.tasks.items()}
+        experts = {k: make_expert(t, made, budget, seed, self.cache, progress)
+            for k,t in self.tasks.items()}
         self.experts = {k: sd for k,(sd,_) in experts.items()}
-        self.key = digest([base_key, [key for _,key in experts.values()], seed], *[t.test_x for t in self.tasks.values()])
+        self.key = digest([base_key, [key for _,key in experts.values()], seed],
+            *[t.test_x for t in self.tasks.values()])
         self.labels = {k: t.test_y.numpy() for k,t in self.tasks.items()}
 
     def calibration(self, task):
         "Training images of a task, without labels"
         x = self.tasks[task].x
-        return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed))[:self.images]]
+        g = torch.Generator().manual_seed(self.seed)
+        return x[torch.randperm(len(x), generator=g)[:self.images]]
 
     def predict(self, name, states, bn='averaged'):
-        "`{task: predictions}` of one state dict per task; `name` identifies the weights, `bn` the treatment of BatchNorm"
+        "`{task: predictions}` of a state dict per task; `name`: the weights, `bn`: the BatchNorm"
         def make(task):
             model = resnet18(self.tasks[task].classes, states[task])
             if bn!='averaged': model = reestimate_bn(model, self._batches(task, bn))
             return predict(model, self.tasks[task].test_x).to(torch.uint8).numpy()
-        return {t: _stored(self.cache/'predictions'/f'{digest([self.key, name, bn, self.images, t])}.npy', lambda: make(t)) for t in self.tasks}
+        def file(t):
+            return self.cache/'predictions'/f'{digest([self.key, name, bn, self.images, t])}.npy'
+        return {t: _stored(file(t), lambda: make(t)) for t in self.tasks}
 
     def _batches(self, task, bn):
         "Unlabelled images, of this task or of all tasks shuffled together, in equal batches"
-        x = self.calibration(task) if bn=='per task' else torch.cat([self.calibration(t) for t in self.tasks])
+        x = (self.calibration(task) if bn=='per task'
+            else torch.cat([self.calibration(t) for t in self.tasks]))
         x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed+1))]
         size = min(len(x), 250)
         return (prepare(o) for o in x[:len(x)//size*size].split(size))
@@ -78,25 +87,31 @@ class Bench:
 def reference_rows(
     bench:Bench,
 ) -> list: # Rows of `score_rows`
-    "Majority class, base with each expert's head, each expert alone, each expert's body with all heads"
+    "Majority class, base with all heads, each expert alone, each expert's body with all heads"
     first = next(iter(bench.experts))
-    rows = bench.scores({t: majority(o.y, len(o.test_y)) for t,o in bench.tasks.items()}, table='reference', method='majority class')
+    rows = bench.scores({t: majority(o.y, len(o.test_y)) for t,o in bench.tasks.items()},
+        table='reference', method='majority class')
     heads = {t: {k: v for k,v in sd.items() if k[:3]=='fc.'} for t,sd in bench.experts.items()}
-    rows += bench.scores(bench.predict('base+heads', {t: bench.base | h for t,h in heads.items()}), table='reference', method='base, head of each expert')
+    rows += bench.scores(bench.predict('base+heads', {t: bench.base | h for t,h in heads.items()}),
+        table='reference', method='base, head of each expert')
     for e,sd in bench.experts.items():
-        rows += bench.scores(bench.predict(f'expert {e}', {t: sd for t in bench.tasks}), table='reference', method=f'expert {e}, own head')
-        rows += bench.scores(bench.predict(f'body {e}', {t: sd | h for t,h in heads.items()}), table='reference', method=f'expert {e}, head of each expert')
+        rows += bench.scores(bench.predict(f'expert {e}', {t: sd for t in bench.tasks}),
+            table='reference', method=f'expert {e}, own head')
+        rows += bench.scores(bench.predict(f'body {e}', {t: sd | h for t,h in heads.items()}),
+            table='reference', method=f'expert {e}, head of each expert')
     return rows
 
 # %% ../nbs/88_run.ipynb #00000009
-def expert_accuracy(rows): return {r['task']: r['accuracy'] for r in rows if r['method']==f"expert {r['task']}, own head"}
+def expert_accuracy(rows):
+    return {r['task']: r['accuracy'] for r in rows if r['method']==f"expert {r['task']}, own head"}
 
 # %% ../nbs/88_run.ipynb #0000000a
 def best_single(
     rows:list, # From `reference_rows`
 ) -> list: # The same rows, relabelled
-    "Rows of the single expert that is best on average over the tasks, with its own head or with all heads"
-    mean = {m: np.mean([r['accuracy'] for r in rows if r['method']==m]) for m in {r['method'] for r in rows} if m.startswith('expert ')}
+    "Rows of the single expert that is best on average over tasks, with its own head or all heads"
+    methods = {r['method'] for r in rows if r['method'].startswith('expert ')}
+    mean = {m: np.mean([r['accuracy'] for r in rows if r['method']==m]) for m in methods}
     best = max(sorted(mean), key=mean.get)
     return [r | dict(method=f'best single: {best}') for r in rows if r['method']==best]
 
@@ -108,18 +123,23 @@ def paper_rows(
     thresholds=(3, 5, 15, 25), # SNRs of the paper's Figure
 ) -> list: # Rows of `score_rows`
     "The paper's vision experiment, tensor for tensor"
-    scans = {t: scan(sd, estimator='paper_vision', progress=False) for t,sd in bench.experts.items()}
+    scans = {t: scan(sd, estimator='paper_vision', progress=False)
+        for t,sd in bench.experts.items()}
     rows = []
-    for strategy in tqdm(paper_strategies, desc="paper's grid", disable=not bench.progress, leave=False):
+    bar = tqdm(paper_strategies, desc="paper's grid", disable=not bench.progress, leave=False)
+    for strategy in bar:
         for t in thresholds:
-            plan = make_plan(strategy, bench.experts, estimator='paper_vision', protocol='paper', threshold=t, scans=scans)
+            plan = make_plan(strategy, bench.experts, estimator='paper_vision', protocol='paper',
+                threshold=t, scans=scans)
             sd = merge(plan, bench.experts)
             rows += bench.scores(bench.predict(plan.digest, {k: sd for k in bench.tasks}),
-                table='paper', method=strategy, strategy=strategy, threshold=t, heads='averaged', bn='averaged', digest=plan.digest)
+                table='paper', method=strategy, strategy=strategy, threshold=t, heads='averaged',
+                bn='averaged', digest=plan.digest)
     return rows
 
 # %% ../nbs/88_run.ipynb #00000010
-sound_strategies = ['standard','base_reset','snr_winner','snr_lowA','snr_lowB','snr_max','snr_weighted']
+sound_strategies = ['standard','base_reset','snr_winner','snr_lowA','snr_lowB','snr_max',
+    'snr_weighted']
 
 def sound_rows(
     bench:Bench,
@@ -128,19 +148,23 @@ def sound_rows(
 ) -> list: # Rows of `score_rows`
     "All strategies with units, heads per task, with and without BatchNorm re-estimation"
     scans = {t: scan(sd, bench.base, progress=False) for t,sd in bench.experts.items()}
-    plans = {(s, p): make_plan(s, bench.experts, bench.base, top=p, scans=scans) for s in sound_strategies for p in (tops if s!='standard' else [None])}
+    plans = {(s, p): make_plan(s, bench.experts, bench.base, top=p, scans=scans)
+        for s in sound_strategies for p in (tops if s!='standard' else [None])}
     rows = []
-    for (s,p),plan in tqdm(plans.items(), desc='sound grid', disable=not bench.progress, leave=False):
+    bar = tqdm(plans.items(), desc='sound grid', disable=not bench.progress, leave=False)
+    for (s,p),plan in bar:
         merged = merge(plan, bench.experts, bench.base)
         states = {t: task_state(merged, t) for t in bench.tasks}
         for bn in treatments:
-            rows += bench.scores(bench.predict(plan.digest, states, bn), table='sound', method=s if p is None else f'{s}, top {p} %',
-                strategy=s, top=p, heads='per task', bn=bn, digest=plan.digest)
+            rows += bench.scores(bench.predict(plan.digest, states, bn), table='sound',
+                method=s if p is None else f'{s}, top {p} %', strategy=s, top=p, heads='per task',
+                bn=bn, digest=plan.digest)
     return rows
 
 # %% ../nbs/88_run.ipynb #00000012
 def _machine():
-    return dict(machine=platform.machine(), cores=os.cpu_count(), torch=torch.__version__, threads=torch.get_num_threads(), cuda=torch.cuda.is_available())
+    return dict(machine=platform.machine(), cores=os.cpu_count(), torch=torch.__version__,
+        threads=torch.get_num_threads(), cuda=torch.cuda.is_available())
 
 def new_folder(
     out, # Folder, or None
@@ -148,11 +172,13 @@ def new_folder(
 ) -> Path: # `out`, or results/<name>-<time>
     "The folder for results. Raises `FileExistsError` where it exists and is not empty"
     out = Path(out) if out else Path('results')/f"{name}-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise FileExistsError(f"{out} exists and is not an empty folder: choose another")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not an empty folder: choose another")
     return out
 
 def _caption(bench):
-    a = '; '.join(f'{k}: {len(t.x):,} training and {len(t.test_x):,} test images' for k,t in bench.tasks.items())
+    a = '; '.join(f'{k}: {len(t.x):,} training and {len(t.test_x):,} test images'
+        for k,t in bench.tasks.items())
     return f'{a}. One seed ({bench.seed}). Bars on points: 95 % Wilson intervals.'
 
 # %% ../nbs/88_run.ipynb #00000013
@@ -162,18 +188,24 @@ def figures(
 ) -> dict: # `{name: Figure}`
     "The figures of the vision experiment"
     ref,caption = rows[rows.table=='reference'],_caption(bench)
-    def own(t, e): return ref[(ref.task==t) & (ref.method==f'expert {e}, own head')].accuracy.iloc[0]
-    lines = {t: {('expert' if e==t else f'{e} expert'): own(t, e) for e in sorted(bench.tasks, key=lambda o: o!=t)} for t in bench.tasks}
-    weights = {t: scan(sd, estimator='paper_vision', progress=False) for t,sd in bench.experts.items()}
+    def own(t, e):
+        return ref[(ref.task==t) & (ref.method==f'expert {e}, own head')].accuracy.iloc[0]
+    lines = {t: {('expert' if e==t else f'{e} expert'): own(t, e)
+        for e in sorted(bench.tasks, key=lambda o: o!=t)} for t in bench.tasks}
+    weights = {t: scan(sd, estimator='paper_vision', progress=False)
+        for t,sd in bench.experts.items()}
     updates = {t: scan(sd, bench.base, progress=False) for t,sd in bench.experts.items()}
     sound = rows[rows.table=='sound']
     best = sound[sound.top.isna() | (sound.top==sound.top.min())]
     table = summarise(best, ['method','bn']).rename(columns=dict(bn='treatment'))
     table.treatment = 'BatchNorm ' + table.treatment
-    return dict(thresholds=plot_thresholds(rows[rows.table=='paper'], lines, f"Paper's protocol: one averaged head, averaged BatchNorm statistics. {caption}"),
-        snr_weights=plot_snr(weights, title="SNR of the weights, paper's vision formula", caption=caption.split('. Bars')[0]+'.'),
-        snr_updates=plot_snr(updates, title='SNR of the updates, calibrated', caption=caption.split('. Bars')[0]+'.'),
-        repair=plot_repair(table, f"Sound protocol: units, one head per task. {caption.split('. Bars')[0]}."))
+    short = caption.split('. Bars')[0]+'.'
+    return dict(thresholds=plot_thresholds(rows[rows.table=='paper'], lines,
+            f"Paper's protocol: one averaged head, averaged BatchNorm statistics. {caption}"),
+        snr_weights=plot_snr(weights, title="SNR of the weights, paper's vision formula",
+            caption=short),
+        snr_updates=plot_snr(updates, title='SNR of the updates, calibrated', caption=short),
+        repair=plot_repair(table, f"Sound protocol: units, one head per task. {short}"))
 
 # %% ../nbs/88_run.ipynb #00000014
 def tables(
@@ -181,11 +213,13 @@ def tables(
 ) -> dict: # `{title: DataFrame}`
     "The tables that are printed: references, the paper's grid, the sound protocol"
     def part(name, by): return summarise(rows[rows.table==name], by).round(4)
-    return {'References': part('reference', ['method']), "Paper's protocol": part('paper', ['method','threshold']), 'Sound protocol': part('sound', ['method','bn'])}
+    return {'References': part('reference', ['method']),
+        "Paper's protocol": part('paper', ['method','threshold']),
+        'Sound protocol': part('sound', ['method','bn'])}
 
 # %% ../nbs/88_run.ipynb #00000015
 def run_vision(
-    root=None, # Folder with FashionMNIST/raw and KMNIST/raw; by default SPECTRUM_DATA, else a download, else digits
+    root=None, # Folder of FashionMNIST/raw, KMNIST/raw; by default SPECTRUM_DATA, download, digits
     out=None, # New folder for results; by default results/vision-<time>; False writes nothing
     *,
     budget:Budget=full, # Training and evaluation effort
@@ -197,13 +231,14 @@ def run_vision(
     tops=(25, 50, 70), # Shares of layers for the sound protocol, in %
     progress:bool=True, # Show progress bars
 ) -> tuple[pd.DataFrame, Bench]: # One row per method and task, and what they were measured with
-    "Two experts scanned, merged by every strategy and evaluated. Raises what `load_tasks` raises, `FileExistsError` for `out`"
+    "Two experts scanned, merged, scored. Raises as `load_tasks`, and `FileExistsError` for `out`"
     out = None if out is False else new_folder(out, 'vision')
     start = time.perf_counter()
     bench = Bench(tasks or load_tasks(root, cache), budget, base, seed, cache, progress)
     rows = reference_rows(bench)
     experts = expert_accuracy(rows)
-    rows = pd.DataFrame(rows + best_single(rows) + paper_rows(bench, thresholds) + sound_rows(bench, tops))
+    rows = pd.DataFrame(rows + best_single(rows) + paper_rows(bench, thresholds)
+        + sound_rows(bench, tops))
     rows = normalise(rows, experts)
     if out: _write(out, rows, bench, budget, base, time.perf_counter()-start)
     return rows,bench
@@ -212,12 +247,18 @@ def _write(out, rows, bench, budget, base, seconds):
     "CSV, JSON, scans and figures, in a folder that appears when it is complete"
     tmp = out.with_name(f'.{out.name}.{os.getpid()}.tmp')
     tmp.mkdir(parents=True)
-    about = dict(experiment='vision', version=__version__, made=datetime.now(timezone.utc).isoformat(timespec='seconds'), seconds=round(seconds, 1),
-        seed=bench.seed, base=str(base), budget=vars(budget), tasks={k: repr(t) for k,t in bench.tasks.items()}, **_machine())
+    about = dict(experiment='vision', version=__version__,
+        made=datetime.now(timezone.utc).isoformat(timespec='seconds'), seconds=round(seconds, 1),
+        seed=bench.seed, base=str(base), budget=vars(budget),
+        tasks={k: repr(t) for k,t in bench.tasks.items()}, **_machine())
     rows.to_csv(tmp/'results.csv', index=False)
     records = json.loads(rows.to_json(orient='records'))
-    (tmp/'results.json').write_text(json.dumps(about | dict(rows=records), indent=1, ensure_ascii=False), encoding='utf-8')
-    for t,sd in bench.experts.items(): scan(sd, bench.base, progress=False).to_csv(tmp/f"scan-{t.replace(' ', '-')}.csv", index=False)
-    for k,fig in figures(rows, bench).items(): fig.savefig(tmp/f'{k}.png', dpi=120, bbox_inches='tight')
+    text = json.dumps(about | dict(rows=records), indent=1, ensure_ascii=False)
+    (tmp/'results.json').write_text(text, encoding='utf-8')
+    for t,sd in bench.experts.items():
+        file = tmp/f"scan-{t.replace(' ', '-')}.csv"
+        scan(sd, bench.base, progress=False).to_csv(file, index=False)
+    for k,fig in figures(rows, bench).items():
+        fig.savefig(tmp/f'{k}.png', dpi=120, bbox_inches='tight')
     if out.exists(): out.rmdir()
     os.rename(tmp, out)

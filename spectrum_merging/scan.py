@@ -22,8 +22,11 @@ def resolve_of(
 ) -> str: # 'weights' or 'update'
     "What to measure: the update where there is a base, unless told otherwise. Raises `ValueError`"
     if of is None: return 'weights' if base is None else 'update'
-    if of not in ('weights', 'update'): raise ValueError(f"of is {of!r}: choose 'weights' or 'update'")
-    if of=='update' and base is None: raise ValueError("of='update' measures W − W₀ and needs W₀: pass base=, or of='weights'")
+    if of not in ('weights', 'update'):
+        raise ValueError(f"of is {of!r}: choose 'weights' or 'update'")
+    if of=='update' and base is None:
+        raise ValueError("of='update' measures W − W₀ and needs W₀: "
+            "pass base=, or of='weights'")
     return of
 
 def _matrix(name, model, base):
@@ -37,14 +40,16 @@ def _measure(name, model, base, estimator):
     W = _matrix(name, model, base)
     if estimator!='mp': return dict(snr=snr(W, estimator, name))
     s = spectrum(W, name=name)
-    return {k: getattr(s, k) for k in ('snr','snr_ratio','n_spikes','sigma','edge','stable_rank','effective_rank','ks')}
+    return {k: getattr(s, k) for k in ('snr','snr_ratio','n_spikes','sigma','edge',
+        'stable_rank','effective_rank','ks')}
 
 # %% ../nbs/20_scan.ipynb #00000008
 def _map_single_threaded(f, items, n_workers):
     "`map(f, items)` in threads with one BLAS thread each, in the order of `items`"
     threads = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool: yield from pool.map(f, items)
+        pool = ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1,))
+        with pool: yield from pool.map(f, items)
     finally: torch.set_num_threads(threads)
 
 def _comparable(name, infos, base, role):
@@ -68,19 +73,23 @@ def scan(
     heads:list=None, # Prefixes of task heads, which the base may lack; None goes by the usual names
     n_workers:int=None, # Layers measured side by side; by default as many as torch has threads
     progress:bool=True, # Show a progress bar
-) -> pd.DataFrame: # One row per matrix: name, unit, role, shape, snr and, for 'mp', the rest of `Spectrum`
+) -> pd.DataFrame: # One row per matrix: name, unit, role, shape, snr; for 'mp' more of `Spectrum`
     "Measure every matrix of a model. Raises what `Checkpoint`, `snr` and `resolve_of` raise"
     check_estimator(estimator)
     of,model = resolve_of(of, base),Checkpoint(model)
     base = Checkpoint(base) if of=='update' else None
     infos,units = model.infos,find_units(model.infos, heads, model.aliases)
-    names = [k for k,o in infos.items() if o.is_float and _measurable(o.shape, estimator) and k not in model.aliases]
+    names = [k for k,o in infos.items()
+        if o.is_float and _measurable(o.shape, estimator) and k not in model.aliases]
     if base: names = [k for k in names if _comparable(k, infos, base, units.role[k])]
     if not names: raise ValueError(f"{model.label} holds no matrix to measure")
     size = lambda k: torch.Size(infos[k].shape).numel()
     jobs = sorted(names, key=lambda k: -size(k)*min(infos[k].shape[0], size(k)//infos[k].shape[0]))
-    found = _map_single_threaded(lambda k: _measure(k, model, base, estimator), jobs, n_workers or torch.get_num_threads())
-    rows = dict(zip(jobs, tqdm(found, total=len(jobs), desc='scan', unit='layer', disable=not progress, leave=False)))
-    res = pd.DataFrame([dict(name=k, unit=units.unit[k], role=units.role[k], shape=infos[k].shape, **rows[k]) for k in names])
+    found = _map_single_threaded(lambda k: _measure(k, model, base, estimator), jobs,
+        n_workers or torch.get_num_threads())
+    rows = dict(zip(jobs, tqdm(found, total=len(jobs), desc='scan', unit='layer',
+        disable=not progress, leave=False)))
+    res = pd.DataFrame([dict(name=k, unit=units.unit[k], role=units.role[k], shape=infos[k].shape,
+        **rows[k]) for k in names])
     res.attrs.update(estimator=estimator, of=of, source=model.label)
     return res

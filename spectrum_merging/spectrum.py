@@ -31,11 +31,12 @@ def as_matrix(
         raise ValueError(f"{name} has shape {tuple(W.shape)}: a spectrum needs a non-empty tensor "
             "with 2 or more dimensions; leave out biases, norms and empty tensors")
     if not W.is_floating_point():
-        raise TypeError(f"{name} has dtype {W.dtype}: a spectrum needs real floats; pass {name}.float()")
+        raise TypeError(f"{name} has dtype {W.dtype}: a spectrum needs real floats; "
+            f"pass {name}.float()")
     W = W.to('cpu', torch.float64).flatten(1)
     if not (ok := W.isfinite()).all():
-        raise ValueError(f"{name} holds {int(W.isnan().sum())} NaN and {int(W.isinf().sum())} Inf among "
-            f"{ok.numel()} values; repair or re-export that checkpoint before measuring it")
+        raise ValueError(f"{name} holds {int(W.isnan().sum())} NaN and {int(W.isinf().sum())} Inf "
+            f"among {ok.numel()} values; repair or re-export that checkpoint before measuring it")
     return W
 
 # %% ../nbs/00_spectrum.ipynb #0000000a
@@ -94,7 +95,8 @@ def tw_quantile(
     alpha:float, # Upper tail probability, in (0, 1)
 ) -> float: # Value that a real Tracy–Widom variable passes with probability `alpha`
     "Quantile of the real Tracy–Widom law, after [Chiani 2014](https://arxiv.org/abs/1209.3394)"
-    if not 0 < alpha < 1: raise ValueError(f"alpha is {alpha}: a tail probability lies between 0 and 1, e.g. 0.01")
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha is {alpha}: a tail probability lies between 0 and 1, e.g. 0.01")
     return float(.186054*gammaincinv(46.446, 1-alpha) - 9.84801)
 
 # %% ../nbs/00_spectrum.ipynb #0000001b
@@ -194,10 +196,12 @@ def spectrum(
     m,n = sorted(A.shape)
     mean = A.mean()
     A = A-mean
-    if A.abs().max() <= 1e-14*mean.abs(): A = torch.zeros_like(A)
-    unit = A.abs().max().item() or 1.
-    e = (gram_eigs(A/unit)/n).numpy()
-    var,edge,r = noise_level(e, m, n, alpha, floor=max(torch.finfo(_tensor(W).dtype).eps**2/12*e.mean(), np.finfo(float).eps*e[0]))
+    top = A.abs().max().item()
+    if top <= 1e-14*mean.abs(): A = torch.zeros_like(A)
+    unit = 1. if not top or 1e-100 < top < 1e100 else top
+    e = (gram_eigs(A if unit==1 else A/unit)/n).numpy()
+    var,edge,r = noise_level(e, m, n, alpha,
+        floor=max(torch.finfo(_tensor(W).dtype).eps**2/12*e.mean(), np.finfo(float).eps*e[0]))
     k = int((e > edge).sum())
     theta = spike_strength(e[:k]/var, m/n) if k else np.zeros(0)
     below = e[k:].sum()
@@ -220,7 +224,7 @@ def shrinker(
 def shrink(
     W:Tensor, # Float tensor with ≥ 2 dimensions
 ) -> Tensor: # Same shape and dtype
-    "`W` without its noise: mean plus optimally shrunken singular values. Raises what `as_matrix` raises"
+    "`W` without noise: its mean plus shrunken singular values. Raises what `as_matrix` raises"
     A,s = as_matrix(W),spectrum(W)
     if not s.sigma: return W.clone()
     mean = A.mean()
@@ -280,13 +284,15 @@ def snr_mp(
     "Σθ²/m, the energy of the spikes over the expected energy of the noise (see `spectrum`)"
     return spectrum(W, name=name).snr
 
-estimators = dict(mp=snr_mp, paper_nlp=snr_paper_nlp, paper_vision=snr_paper_vision, spectrum=snr_spectrum)
+estimators = dict(mp=snr_mp, paper_nlp=snr_paper_nlp, paper_vision=snr_paper_vision,
+    spectrum=snr_spectrum)
 
 # %% ../nbs/00_spectrum.ipynb #00000041
 def check_estimator(estimator):
     "Raise `ValueError` unless `estimator` names one of `estimators`"
     if estimator not in estimators:
-        raise ValueError(f"estimator is {estimator!r}: choose one of {', '.join(map(repr, estimators))}")
+        raise ValueError(f"estimator is {estimator!r}: "
+            f"choose one of {', '.join(map(repr, estimators))}")
 
 # %% ../nbs/00_spectrum.ipynb #00000042
 def snr(
@@ -294,6 +300,6 @@ def snr(
     estimator:str='mp', # 'mp', 'paper_nlp', 'paper_vision' or 'spectrum'
     name:str='W', # What to call it in an error
 ) -> float: # Signal-to-noise ratio; each estimator has a scale of its own
-    "Signal-to-noise ratio of one matrix. Raises `ValueError` for an unknown estimator and what `as_matrix` raises"
+    "Signal-to-noise ratio of a matrix. Raises `ValueError` (estimator) or what `as_matrix` raises"
     check_estimator(estimator)
     return estimators[estimator](W, name)

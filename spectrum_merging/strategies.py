@@ -79,7 +79,7 @@ def snr_weighted(
     s:np.ndarray, # (K, N) SNR of each layer in each model
     hi:np.ndarray, # (K,) whether the layer's largest SNR passes the threshold
 ) -> np.ndarray: # (K, 1+N) coefficients, base first
-    "In proportion to the SNRs where there is signal, the average elsewhere ([SNR Weighted Dynamic](https://github.com/maste473/Spectrum-Guided-Model-Merging---Focused-Fusion-on-Informative-Layers))"
+    "In proportion to the SNRs where there is signal, average elsewhere ([SNR Weighted Dynamic](https://github.com/maste473/Spectrum-Guided-Model-Merging---Focused-Fusion-on-Informative-Layers))"
     w = s[:,:-1]/(s.sum(1, keepdims=True)+1e-8)
     return _where(hi, np.c_[np.zeros(len(s)), w, 1-w.sum(1)], _average(s))
 
@@ -92,8 +92,9 @@ class Strategy:
     needs_base:bool=False # Whether it takes weights from the base
     two_only:bool=False # Whether it is defined for two models only
 
-strategies = dict(standard=Strategy(standard, needs_snr=False), base_reset=Strategy(base_reset, needs_base=True),
-    snr_winner=Strategy(snr_winner), snr_lowA=Strategy(snr_lowA, two_only=True), snr_lowB=Strategy(snr_lowB, two_only=True),
+strategies = dict(standard=Strategy(standard, needs_snr=False),
+    base_reset=Strategy(base_reset, needs_base=True), snr_winner=Strategy(snr_winner),
+    snr_lowA=Strategy(snr_lowA, two_only=True), snr_lowB=Strategy(snr_lowB, two_only=True),
     snr_max=Strategy(snr_max), snr_weighted=Strategy(snr_weighted))
 
 # %% ../nbs/30_strategies.ipynb #00000015
@@ -102,14 +103,17 @@ def get_strategy(
     n_models:int=2, # How many models are merged
     has_base:bool=True, # Whether a base was given
 ) -> Strategy:
-    "The strategy called `name`. Raises `ValueError` where the name, the number of models or the missing base forbid it"
-    if name not in strategies: raise ValueError(f"strategy is {name!r}: choose one of {', '.join(map(repr, strategies))}")
+    "The strategy called `name`. Raises `ValueError` (unknown name, number of models, missing base)"
+    if name not in strategies:
+        raise ValueError(f"strategy is {name!r}: choose one of {', '.join(map(repr, strategies))}")
     s = strategies[name]
     if n_models < 2: raise ValueError(f"{n_models} model(s) given: a merge needs 2 or more")
     if s.two_only and n_models!=2:
-        raise ValueError(f"strategy {name!r} sets model A against model B and is defined for 2 models, not {n_models}; "
-            "use 'snr_max' or 'snr_winner' for more")
-    if s.needs_base and not has_base: raise ValueError(f"strategy {name!r} falls back to the base model and none was given: pass base=")
+        raise ValueError(f"strategy {name!r} sets model A against model B and is defined for "
+            f"2 models, not {n_models}; use 'snr_max' or 'snr_winner' for more")
+    if s.needs_base and not has_base:
+        raise ValueError(f"strategy {name!r} falls back to the base model and none was given: "
+            "pass base=")
     return s
 
 # %% ../nbs/30_strategies.ipynb #0000001a
@@ -120,8 +124,10 @@ def check_cut(
     "Raise `ValueError` where both are given or one is out of range"
     if threshold is not None and top is not None:
         raise ValueError(f"threshold={threshold} and top={top} are both given: choose one of them")
-    if threshold is not None and not np.isfinite(threshold): raise ValueError(f"threshold is {threshold}: pass a finite number")
-    if top is not None and not 0 < top <= 100: raise ValueError(f"top is {top}: pass a share in %, above 0 and up to 100")
+    if threshold is not None and not np.isfinite(threshold):
+        raise ValueError(f"threshold is {threshold}: pass a finite number")
+    if top is not None and not 0 < top <= 100:
+        raise ValueError(f"top is {top}: pass a share in %, above 0 and up to 100")
 
 # %% ../nbs/30_strategies.ipynb #0000001b
 def cut_value(
@@ -131,4 +137,5 @@ def cut_value(
 ) -> float: # The SNR that a layer must exceed
     "The threshold itself, or the percentile that lets `top` % of the layers pass"
     check_cut(threshold, top)
-    return float(np.percentile(peak, 100-(50 if top is None else top))) if threshold is None else float(threshold)
+    return (float(np.percentile(peak, 100-(50 if top is None else top))) if threshold is None
+        else float(threshold))

@@ -20,7 +20,8 @@ def is_matrix(
     for o in shape[1:]: rest *= o
     return shape[0]>1 and rest>1
 
-_head = re.compile(r'(?:module\.|_orig_mod\.)*(?:fc|classifier|score|heads?|qa_outputs|classification_head)(?:\.|$)')
+_head = re.compile(r'(?:module\.|_orig_mod\.)*'
+    r'(?:fc|classifier|score|heads?|qa_outputs|classification_head)(?:\.|$)')
 _stat = re.compile(r'(?:^|\.)(?:running_mean|running_var|num_batches_tracked)$')
 _embed = re.compile(r'embed|(?:^|\.)(?:wte|wpe|shared)(?:\.|$)')
 
@@ -31,7 +32,7 @@ def is_head(
     name:str, # Tensor name
     heads:list=None, # Module prefixes that are heads; None goes by the usual names
 ) -> bool:
-    "Whether `name` belongs to a task head: `fc`, `classifier`, `score`, `head(s)`, `qa_outputs` at the top level"
+    "Whether `name` is in a head: top-level `fc`, `classifier`, `score`, `head(s)`, `qa_outputs`"
     if heads is None: return bool(_head.match(name))
     return any(name==o or name.startswith(o+'.') for o in heads)
 
@@ -58,7 +59,8 @@ def find_units(
     owners = {k: k.rpartition('.')[0] or k for k in infos}
     matrices = {owners[k]: None for k,o in infos.items() if o.is_float and is_matrix(o.shape)}
     tables = {owners[k] for k,o in infos.items() if _is_table(k, o.shape)}
-    unit = {o: o if o in matrices else _partner(o, [k for k in matrices if k not in tables]) for o in dict.fromkeys(owners.values())}
+    free = [k for k in matrices if k not in tables]
+    unit = {o: o if o in matrices else _partner(o, free) for o in dict.fromkeys(owners.values())}
     def role(k, info):
         if is_head(k, heads): return 'head'
         if _stat.search(k): return 'stat'

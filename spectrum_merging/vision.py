@@ -29,15 +29,20 @@ class Task:
 
     @property
     def classes(self): return int(self.y.max())+1
-    def __repr__(self): return f"Task({self.name}: {len(self.x):,} training and {len(self.test_x):,} test images, {self.classes} classes; {self.source})"
-    def limit(self, train, test): return Task(self.name, self.x[:train], self.y[:train], self.test_x[:test], self.test_y[:test], f'{self.source}, first {train:,} and {test:,}')
+    def __repr__(self):
+        return (f"Task({self.name}: {len(self.x):,} training and {len(self.test_x):,} test images, "
+            f"{self.classes} classes; {self.source})")
+    def limit(self, train, test):
+        return Task(self.name, self.x[:train], self.y[:train], self.test_x[:test],
+            self.test_y[:test], f'{self.source}, first {train:,} and {test:,}')
 
 # %% ../nbs/80_vision.ipynb #00000008
 def digits_tasks() -> dict: # `{name: Task}`
     "Two five-class tasks made of scikit-learn's digits: 0–4 and 5–9; no download"
     from sklearn.datasets import load_digits
     d = load_digits()
-    x = (torch.tensor(d.images, dtype=torch.float32)*255/16).to(torch.uint8)[:,None].repeat_interleave(4, 2).repeat_interleave(4, 3)
+    x = (torch.tensor(d.images, dtype=torch.float32)*255/16).to(torch.uint8)[:,None]
+    x = x.repeat_interleave(4, 2).repeat_interleave(4, 3)
     y = torch.tensor(d.target)
     perm = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     def task(name, low):
@@ -51,25 +56,29 @@ def _torchvision_task(name, cls, root, download):
     "A torchvision data set as a `Task`; 28 × 28 images are padded to 32 × 32"
     sets = [cls(root, train=t, download=download) for t in (True, False)]
     x,test_x = (F.pad(o.data, (2, 2, 2, 2))[:,None] for o in sets)
-    return Task(name, x, sets[0].targets, test_x, sets[1].targets, f'{cls.__name__}, {len(x):,} training images')
+    return Task(name, x, sets[0].targets, test_x, sets[1].targets,
+        f'{cls.__name__}, {len(x):,} training images')
 
 def load_tasks(
-    root=None, # Folder with FashionMNIST/raw and KMNIST/raw; by default SPECTRUM_DATA, else a download
+    root=None, # Folder of FashionMNIST/raw and KMNIST/raw; by default SPECTRUM_DATA or a download
     cache=None, # Where a download goes; by default `cache_dir`
 ) -> dict: # `{name: Task}`
-    "FashionMNIST and KMNIST, or two digits tasks where neither data nor a network is there. Raises `FileNotFoundError`"
+    "FashionMNIST and KMNIST, or digits without data and network. Raises `FileNotFoundError`"
     root = root or os.environ.get('SPECTRUM_DATA')
     sets = dict(FashionMNIST=torchvision.datasets.FashionMNIST, KMNIST=torchvision.datasets.KMNIST)
     if root:
         lost = [k for k in sets if not (Path(root)/k/'raw').is_dir()]
-        if lost: raise FileNotFoundError(f"{root} holds no {' and no '.join(f'{k}/raw' for k in lost)}: pass a folder in "
-            "torchvision's layout, or none (and unset SPECTRUM_DATA) to download")
+        if lost:
+            raise FileNotFoundError(f"{root} holds no {' and no '.join(f'{k}/raw' for k in lost)}: "
+                "pass a folder in torchvision's layout, "
+                "or none (and unset SPECTRUM_DATA) to download")
         return {k: _torchvision_task(k, c, root, False) for k,c in sets.items()}
     target,timeout = Path(cache or cache_dir())/'data',socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)
     try: return {k: _torchvision_task(k, c, target, True) for k,c in sets.items()}
     except (OSError, RuntimeError) as e:
-        print(f"No local data (SPECTRUM_DATA or --data) and no download ({str(e).splitlines()[0]}): using scikit-learn's digits instead.")
+        print("No local data (SPECTRUM_DATA or --data) and no download "
+            f"({str(e).splitlines()[0]}): using scikit-learn's digits instead.")
         return digits_tasks()
     finally: socket.setdefaulttimeout(timeout)
 
@@ -79,14 +88,16 @@ def _device(): return 'cuda' if torch.cuda.is_available() else 'cpu'
 def _fast():
     "Autocast to bf16 where the hardware multiplies it natively"
     caps = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
-    native = torch.cuda.is_available() or any(caps.get(k) for k in ('avx512_bf16','amx_bf16','bf16'))
+    native = torch.cuda.is_available() or any(caps.get(k)
+        for k in ('avx512_bf16','amx_bf16','bf16'))
     return torch.autocast(_device(), torch.bfloat16, enabled=bool(native))
 
 def prepare(
     x:Tensor, # (n, 1, 32, 32), uint8
 ) -> Tensor: # (n, 3, 32, 32), float32, roughly standardised, channels last
     "Images as the network takes them: grey repeated to RGB"
-    return ((x.to(_device()).float()-72)/90).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+    x = ((x.to(_device()).float()-72)/90).expand(-1, 3, -1, -1)
+    return x.contiguous(memory_format=torch.channels_last)
 
 # %% ../nbs/80_vision.ipynb #0000000f
 def resnet18(
@@ -105,9 +116,13 @@ def resnet18(
         model = torchvision.models.resnet18(num_classes=classes)
     if state is not None:
         own = model.state_dict()
-        if bad := [k for k,v in own.items() if k[:3]!='fc.' and (k not in state or state[k].shape!=v.shape)]:
-            raise ValueError(f"the weights are not ResNet-18's: {bad[0]} is missing or has another shape ({len(bad)} in all)")
-        model.load_state_dict(own | {k: v for k,v in state.items() if k in own and v.shape==own[k].shape})
+        bad = [k for k,v in own.items()
+            if k[:3]!='fc.' and (k not in state or state[k].shape!=v.shape)]
+        if bad:
+            raise ValueError(f"the weights are not ResNet-18's: {bad[0]} is missing "
+                f"or has another shape ({len(bad)} in all)")
+        model.load_state_dict(own | {k: v for k,v in state.items()
+            if k in own and v.shape==own[k].shape})
     return model.to(_device(), memory_format=torch.channels_last)
 
 # %% ../nbs/80_vision.ipynb #00000010
@@ -128,7 +143,8 @@ def _shift(x, g, by=2):
     "Each image moved by up to `by` pixels"
     ix = torch.randint(0, 2*by+1, (2, len(x), 1), generator=g)
     rows,cols = ix + torch.arange(x.shape[-1])
-    return F.pad(x, (by,)*4)[torch.arange(len(x))[:,None,None], 0, rows[:,:,None], cols[:,None,:]][:,None]
+    each = torch.arange(len(x))[:,None,None]
+    return F.pad(x, (by,)*4)[each, 0, rows[:,:,None], cols[:,None,:]][:,None]
 
 def _rotated(x, g):
     "Each image turned by 0, 90, 180 or 270 degrees, and how often"
@@ -155,7 +171,9 @@ def train(
 ) -> nn.Module: # The same model
     "Train with SGD. Raises `ValueError` for fewer images than one batch"
     steps = len(x)//batch
-    if not steps: raise ValueError(f"{len(x)} images are fewer than one batch of {batch}: pass a smaller batch")
+    if not steps:
+        raise ValueError(f"{len(x)} images are fewer than one batch of {batch}: "
+            "pass a smaller batch")
     opt = torch.optim.SGD(model.parameters(), lr, momentum=.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=epochs*steps, pct_start=.15)
     parts,start = dict(model=model, opt=opt, schedule=schedule),0
@@ -163,7 +181,8 @@ def train(
         state = torch.load(resume, weights_only=True, map_location=_device())
         for k,o in parts.items(): o.load_state_dict(state[k])
         start = state['epoch']
-    bar = tqdm(total=epochs*steps, initial=start*steps, desc=label, unit='step', disable=not progress, leave=False)
+    bar = tqdm(total=epochs*steps, initial=start*steps, desc=label, unit='step',
+        disable=not progress, leave=False)
     for epoch in range(start, epochs):
         g = torch.Generator().manual_seed(1000*seed+epoch)
         model.train()
@@ -176,22 +195,27 @@ def train(
             schedule.step()
             bar.update()
         bar.set_postfix(epoch=epoch+1, loss=f'{loss.item():.3f}')
-        if resume: _save_atomic({k: o.state_dict() for k,o in parts.items()} | dict(epoch=epoch+1), Path(resume))
+        if resume:
+            state = {k: o.state_dict() for k,o in parts.items()} | dict(epoch=epoch+1)
+            _save_atomic(state, Path(resume))
     bar.close()
-    if not all(p.isfinite().all() for p in model.parameters()): raise ValueError(f"{label} diverged to NaN or Inf: lower lr={lr}")
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise ValueError(f"{label} diverged to NaN or Inf: lower lr={lr}")
     return model
 
 # %% ../nbs/80_vision.ipynb #00000018
 def cache_dir() -> Path: # SPECTRUM_CACHE, or a folder in the user's cache
     "Where trained models, downloads and predictions are kept"
-    return Path(os.environ.get('SPECTRUM_CACHE') or Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'spectrum-merging')
+    return Path(os.environ.get('SPECTRUM_CACHE')
+        or Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'spectrum-merging')
 
 # %% ../nbs/80_vision.ipynb #00000019
 def digest(*parts) -> str: # 16 hexadecimal digits
     "Hash of tensors, strings, numbers and dictionaries of them"
     h = hashlib.sha256()
     for o in parts:
-        if isinstance(o, Tensor): h.update(f'{o.dtype}{tuple(o.shape)}'.encode() + o.contiguous().numpy().tobytes())
+        if isinstance(o, Tensor):
+            h.update(f'{o.dtype}{tuple(o.shape)}'.encode() + o.contiguous().numpy().tobytes())
         else: h.update(json.dumps(o, sort_keys=True).encode())
     return h.hexdigest()[:16]
 
@@ -211,7 +235,8 @@ def cached(
     home = Path(cache or cache_dir())/'models'/key
     if not (home/'model.safetensors').exists():
         home.mkdir(parents=True, exist_ok=True)
-        sd = {k: v.detach().cpu().contiguous() for k,v in make(home/'unfinished.pt').state_dict().items()}
+        sd = {k: v.detach().cpu().contiguous()
+            for k,v in make(home/'unfinished.pt').state_dict().items()}
         (home/'recipe.json').write_text(json.dumps(recipe, indent=1), encoding='utf-8')
         save_file(sd, tmp := home/f'.model.{os.getpid()}', dict(format='pt'))
         os.replace(tmp, home/'model.safetensors')
@@ -244,16 +269,20 @@ def make_base(
 ) -> tuple[dict, str]: # State dict, its hash
     "A base model that has seen no label of any task. Raises `FileNotFoundError` or `ValueError`"
     if base=='imagenet':
-        sd = torchvision.models.resnet18(weights=torchvision.models.ResNet18_Weights.DEFAULT).state_dict()
+        weights = torchvision.models.ResNet18_Weights.DEFAULT
+        sd = torchvision.models.resnet18(weights=weights).state_dict()
         return sd,digest('imagenet', *sd.values())
     if base!='rotation':
-        if not Path(base).is_file(): raise FileNotFoundError(f"base is {base!r}: pass 'rotation', 'imagenet' or an existing .safetensors file")
+        if not Path(base).is_file():
+            raise FileNotFoundError(f"base is {base!r}: "
+                "pass 'rotation', 'imagenet' or an existing .safetensors file")
         sd = load_file(base)
         return sd,digest('file', *sd.values())
     x = torch.cat([t.x for t in tasks.values()])
-    recipe = dict(kind='rotation', version=1, data=digest(x), epochs=budget.base_epochs, lr=.1, batch=budget.batch, seed=seed)
-    return cached(recipe, lambda tmp: train(resnet18(4, seed=seed), x, epochs=budget.base_epochs, lr=.1, batch=budget.batch,
-        seed=seed, resume=tmp, label='base', progress=progress), cache)
+    recipe = dict(kind='rotation', version=1, data=digest(x), epochs=budget.base_epochs, lr=.1,
+        batch=budget.batch, seed=seed)
+    return cached(recipe, lambda tmp: train(resnet18(4, seed=seed), x, epochs=budget.base_epochs,
+        lr=.1, batch=budget.batch, seed=seed, resume=tmp, label='base', progress=progress), cache)
 
 # %% ../nbs/80_vision.ipynb #0000001e
 def make_expert(
@@ -267,6 +296,8 @@ def make_expert(
     "The base fine-tuned on a task"
     sd,key = base
     epochs = min(-(-budget.expert_steps*budget.batch//len(task.x)), budget.max_epochs)
-    recipe = dict(kind='expert', version=1, base=key, data=digest(task.x, task.y), epochs=epochs, lr=.05, batch=budget.batch, seed=seed)
-    return cached(recipe, lambda tmp: train(resnet18(task.classes, sd, seed), task.x, task.y, epochs=epochs, batch=budget.batch,
-        seed=seed, resume=tmp, label=task.name, progress=progress), cache)
+    recipe = dict(kind='expert', version=1, base=key, data=digest(task.x, task.y), epochs=epochs,
+        lr=.05, batch=budget.batch, seed=seed)
+    return cached(recipe, lambda tmp: train(resnet18(task.classes, sd, seed), task.x, task.y,
+        epochs=epochs, batch=budget.batch, seed=seed, resume=tmp, label=task.name,
+        progress=progress), cache)

@@ -18,7 +18,8 @@ def test_help_is_quick():
         start = time.perf_counter()
         subprocess.run(cmd, check=True, capture_output=True)
         return time.perf_counter()-start
-    pairs = [(clock([bin/'spectrum-scan', '--help']), clock([sys.executable, '-c', 'import torch'])) for _ in range(3)]
+    pairs = [(clock([bin/'spectrum-scan', '--help']), clock([sys.executable, '-c', 'import torch']))
+        for _ in range(3)]
     assert statistics.median(a/b for a,b in pairs) <= 2
 
 @pytest.fixture(scope='module')
@@ -28,8 +29,9 @@ def models(tmp_path_factory):
     d = tmp_path_factory.mktemp('models')
     def make(name, labels, change):
         torch.manual_seed(0)
-        m = BertForSequenceClassification(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-            intermediate_size=48, vocab_size=50, max_position_embeddings=16, num_labels=labels))
+        m = BertForSequenceClassification(BertConfig(hidden_size=32, num_hidden_layers=2,
+            num_attention_heads=2, intermediate_size=48, vocab_size=50, max_position_embeddings=16,
+            num_labels=labels))
         g = torch.Generator().manual_seed(change)
         with torch.no_grad():
             for p in m.parameters(): p += change*.01*torch.randn(p.shape, generator=g)
@@ -47,8 +49,8 @@ def test_scan(models, tmp_path):
 def test_merge_loads_in_transformers(models, tmp_path):
     from transformers import BertForSequenceClassification
     out = tmp_path/'merged'
-    text = run('spectrum-merge', f"mood={models/'mood'}", f"topic={models/'topic'}", '--base', models/'base',
-        '--strategy', 'snr_winner', '--top', 50, '--out', out)
+    text = run('spectrum-merge', f"mood={models/'mood'}", f"topic={models/'topic'}",
+        '--base', models/'base', '--strategy', 'snr_winner', '--top', 50, '--out', out)
     assert 'plan.csv' in text
     model = BertForSequenceClassification.from_pretrained(out, num_labels=3)
     assert set(load_task(out, 'topic'))==set(model.state_dict())
@@ -56,7 +58,8 @@ def test_merge_loads_in_transformers(models, tmp_path):
     topic = load_file(models/'topic/model.safetensors')
     assert model.classifier.weight.equal(topic['classifier.weight'])
     again = tmp_path/'again'
-    run('spectrum-merge', f"mood={models/'mood'}", f"topic={models/'topic'}", '--base', models/'base', '--plan', out/'plan.csv', '--out', again)
+    run('spectrum-merge', f"mood={models/'mood'}", f"topic={models/'topic'}",
+        '--base', models/'base', '--plan', out/'plan.csv', '--out', again)
     assert (out/'model.safetensors').read_bytes()==(again/'model.safetensors').read_bytes()
 
 @pytest.mark.parametrize('args, says', [
@@ -68,7 +71,8 @@ def test_merge_loads_in_transformers(models, tmp_path):
     (['--protocol','paper'], 'do not fit together')])
 def test_errors(models, tmp_path, args, says):
     "One message without a traceback, status 1, and nothing left behind"
-    text = run('spectrum-merge', models/'mood', models/'topic', '--out', tmp_path/'out', *args, ok=False)
+    text = run('spectrum-merge', models/'mood', models/'topic', '--out', tmp_path/'out', *args,
+        ok=False)
     assert says in text and 'Traceback' not in text
     assert not list(tmp_path.iterdir())
 
@@ -76,11 +80,13 @@ def test_nan_leaves_nothing(models, tmp_path):
     sd = load_file(models/'mood/model.safetensors')
     sd['bert.encoder.layer.0.output.dense.bias'][0] = float('nan')
     save_file(sd, tmp_path/'nan.safetensors')
-    text = run('spectrum-merge', tmp_path/'nan.safetensors', models/'mood', '--out', tmp_path/'out', ok=False)
+    text = run('spectrum-merge', tmp_path/'nan.safetensors', models/'mood', '--out', tmp_path/'out',
+        ok=False)
     assert 'bert.encoder.layer.0.output.dense.bias of a holds 1 NaN' in text
     assert [o.name for o in tmp_path.iterdir()]==['nan.safetensors']
 
 def test_run_refuses_before_training(tmp_path):
     (tmp_path/'x').touch()
     assert 'choose another' in run('spectrum-run', 'vision', '--out', tmp_path, ok=False)
-    assert 'no FashionMNIST/raw' in run('spectrum-run', 'vision', '--data', tmp_path, '--out', tmp_path/'out', ok=False)
+    assert 'no FashionMNIST/raw' in run('spectrum-run', 'vision', '--data', tmp_path,
+        '--out', tmp_path/'out', ok=False)

@@ -591,3 +591,11 @@ def test_out_takes_files_of_its_models_only(tmp_path, monkeypatch):
     (tmp_path/'Sequential/config.json').write_text('{}')
     out = merge(make_plan('standard', [A, B]), [A, B], out=tmp_path/'out')
     assert not (out/'config.json').exists()
+
+def test_base_of_another_size():
+    "A row that would take a tensor of another shape from the base is refused"
+    base = plus(A, **{'fc.weight': torch.zeros(5, 24), 'fc.bias': torch.zeros(5)})
+    plan = make_plan('base_reset', [A, expert(2, classes=2)], base, protocol='paper',
+        estimator='paper_vision', threshold=1e9)
+    with pytest.raises(ValueError, match='fc.weight has different shapes in base, a, b'):
+        merge(plan, [A, expert(2, classes=2)], base)

@@ -1,4 +1,4 @@
-"What is no lesson: packaging, notebook hygiene, and a documentation site that builds without a warning."
+"What is no lesson: packaging, notebook hygiene, and documentation that builds without a warning."
 import json, re, subprocess, sys, zipfile
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -11,12 +11,14 @@ def test_version(): assert version('spectrum-merging')==spectrum_merging.__versi
 
 def test_entry_points():
     assert 'spectrum_merging' in {o.name for o in entry_points(group='nbdev')}
-    scripts = {o.name: o for o in entry_points(group='console_scripts') if o.value.startswith('spectrum_merging')}
+    scripts = {o.name: o for o in entry_points(group='console_scripts')
+        if o.value.startswith('spectrum_merging')}
     assert {'spectrum-scan','spectrum-merge','spectrum-run'} <= set(scripts)
     for o in scripts.values(): assert callable(o.load())
 
 def test_wheel_holds_all_modules(tmp_path):
-    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '-w', tmp_path, root], check=True)
+    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '-w', tmp_path, root],
+        check=True)
     names = zipfile.ZipFile(next(tmp_path.glob('*.whl'))).namelist()
     have = {o for o in names if o.startswith('spectrum_merging/')}
     assert have=={o.relative_to(root).as_posix() for o in (root/'spectrum_merging').rglob('*.py')}
@@ -26,11 +28,13 @@ def test_notebook_hygiene(nb):
     "Small, free of machine paths, warnings, progress bars and errors; every shown cell was run"
     assert nb.stat().st_size <= 300_000
     cells = json.loads(nb.read_text(encoding='utf-8'))['cells']
-    text = json.dumps([[o for o in c.get('outputs', []) if 'image/png' not in o.get('data', {})] for c in cells])
+    text = json.dumps([[o for o in c.get('outputs', []) if 'image/png' not in o.get('data', {})]
+        for c in cells])
     assert not re.search(r'/(tmp|work|root|home|opt)/|Warning|\d+%\||Traceback|"stderr"', text)
     for c in cells:
         src = ''.join(c['source'])
-        if src.startswith('#| slow') and re.match(r'[\w\[\]"\'. ]+$', src.splitlines()[-1]): assert c['outputs'], src
+        if src.startswith('#| slow') and re.match(r'[\w\[\]"\'. ]+$', src.splitlines()[-1]):
+            assert c['outputs'], src
 
 def test_docs_build():
     "The site builds with warnings as errors; each notebook has its page, with API, prose and math"

@@ -3,8 +3,8 @@ import numpy as np, pytest, torch
 from math import inf, pi, sqrt
 from scipy.integrate import quad
 from scipy.stats import binom
-from spectrum_merging.spectrum import (estimators, median_blur, mp_cdf, mp_density, mp_edges, mp_median,
-    noise_edge, shrink, shrinker, snr, spectrum, tw_quantile)
+from spectrum_merging.spectrum import (estimators, median_blur, mp_cdf, mp_density, mp_edges,
+    mp_median, noise_edge, shrink, shrinker, snr, spectrum, tw_quantile)
 
 draws = {(64,64): 2000, (64,576): 1500, (64,147): 2000, (512,256): 150, (768,768): 12,
     (768,3072): 6, (3072,768): 6}

@@ -1,11 +1,11 @@
-"Training survives a kill, the cache knows what made a model, data are found or refused, results are not overwritten."
+"Training survives a kill, the cache knows its models, data are found or refused, results are kept."
 import os, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from spectrum_merging import vision
 from spectrum_merging.run import new_folder
-from spectrum_merging.vision import (Budget, digits_tasks, load_tasks, make_base, make_expert, predict,
-    prepare, resnet18, train)
+from spectrum_merging.vision import (Budget, digits_tasks, load_tasks, make_base, make_expert,
+    predict, prepare, resnet18, train)
 
 tiny = Budget(base_epochs=1, expert_steps=20, max_epochs=4, batch=32)
 
@@ -16,13 +16,15 @@ killed = '''
 import sys, torch
 from spectrum_merging.vision import cached, digits_tasks, resnet18, train
 t = next(iter(digits_tasks().values())).limit(160, 60)
-def make(tmp): return train(resnet18(5), t.x, t.y, epochs=int(sys.argv[2]), batch=32, resume=tmp, progress=False)
+def make(tmp): return train(resnet18(5), t.x, t.y, epochs=int(sys.argv[2]), batch=32, resume=tmp,
+    progress=False)
 cached(dict(test='kill'), make, sys.argv[1])
 '''
 
 def test_kill_and_resume(tmp_path, tasks):
-    "After kill -9 in mid-training there is no model; the next run goes on and ends with the same weights"
-    def run(where): return subprocess.Popen([sys.executable, '-c', killed, str(tmp_path/where), '6'])
+    "After kill -9 in mid-training there is no model; the next run goes on to the same weights"
+    def run(where):
+        return subprocess.Popen([sys.executable, '-c', killed, str(tmp_path/where), '6'])
     p = run('a')
     for _ in range(600):
         if any((tmp_path/'a').rglob('unfinished.pt')) or p.poll() is not None: break
@@ -30,7 +32,8 @@ def test_kill_and_resume(tmp_path, tasks):
     p.send_signal(signal.SIGKILL)
     p.wait()
     assert p.returncode==-signal.SIGKILL
-    assert any((tmp_path/'a').rglob('unfinished.pt')) and not any((tmp_path/'a').rglob('model.safetensors'))
+    assert any((tmp_path/'a').rglob('unfinished.pt'))
+    assert not any((tmp_path/'a').rglob('model.safetensors'))
     assert run('a').wait()==0 and run('b').wait()==0
     a,b = (next((tmp_path/o).rglob('model.safetensors')).read_bytes() for o in 'ab')
     assert a==b
@@ -42,7 +45,8 @@ def test_cache_key(tmp_path, tasks):
     base = make_base(tasks, tiny, cache=tmp_path, progress=False)
     keys = [make_expert(t, b, o, seed, tmp_path, False)[1] for t,b,o,seed in
         [(low, base, tiny, 0), (low, base, tiny, 0), (high, base, tiny, 0), (low, base, tiny, 1),
-         (low, base, Budget(base_epochs=1, expert_steps=5, max_epochs=1, batch=32), 0), (low, (base[0], 'other'), tiny, 0)]]
+         (low, base, Budget(base_epochs=1, expert_steps=5, max_epochs=1, batch=32), 0),
+         (low, (base[0], 'other'), tiny, 0)]]
     assert keys[0]==keys[1] and len(set(keys))==5
     assert len(list(tmp_path.glob('models/*/model.safetensors')))==6
 
@@ -52,12 +56,15 @@ def test_base_from_file(tmp_path, tasks):
     save_file(sd, tmp_path/'base.safetensors')
     got,_ = make_base(tasks, base=str(tmp_path/'base.safetensors'))
     assert got['conv1.weight'].equal(sd['conv1.weight'])
-    with pytest.raises(FileNotFoundError, match="pass 'rotation', 'imagenet' or an existing"): make_base(tasks, base='nowhere')
-    with pytest.raises(ValueError, match="not ResNet-18's: conv1.weight"): resnet18(7, {'conv.weight': sd['conv1.weight']})
+    with pytest.raises(FileNotFoundError, match="pass 'rotation', 'imagenet' or an existing"):
+        make_base(tasks, base='nowhere')
+    with pytest.raises(ValueError, match="not ResNet-18's: conv1.weight"):
+        resnet18(7, {'conv.weight': sd['conv1.weight']})
 
 def test_data_root(tmp_path, monkeypatch):
     monkeypatch.delenv('SPECTRUM_DATA', raising=False)
-    with pytest.raises(FileNotFoundError, match='no FashionMNIST/raw and no KMNIST/raw'): load_tasks(tmp_path)
+    with pytest.raises(FileNotFoundError, match='no FashionMNIST/raw and no KMNIST/raw'):
+        load_tasks(tmp_path)
     monkeypatch.setenv('SPECTRUM_DATA', str(tmp_path))
     with pytest.raises(FileNotFoundError, match='unset SPECTRUM_DATA'): load_tasks()
 
@@ -96,6 +103,7 @@ def test_results_are_not_overwritten(tmp_path):
     (tmp_path/'full').mkdir()
     (tmp_path/'full/x').touch()
     (tmp_path/'empty').mkdir()
-    with pytest.raises(FileExistsError, match='choose another'): new_folder(tmp_path/'full', 'vision')
+    with pytest.raises(FileExistsError, match='choose another'):
+        new_folder(tmp_path/'full', 'vision')
     assert new_folder(tmp_path/'empty', 'vision')==tmp_path/'empty'
     assert new_folder(None, 'vision').parent==Path('results')
