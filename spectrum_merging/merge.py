@@ -13,7 +13,6 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from . import __version__
-from .checkpoint import Checkpoint
 from .plan import Plan, name_models
 
 # %% ../nbs/60_merge.ipynb #00000006

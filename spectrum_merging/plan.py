@@ -127,6 +127,7 @@ def preflight(
         for k in first:
             if other=='base' and (units.role[k]=='head' or is_head(k)): continue
             if k not in o: problems.append(f"{k}: in {name}, not in {other}")
+            elif first[k].dtype.is_complex: problems.append(f"{k}: {first[k].dtype} is not supported")
             elif o[k].is_float!=first[k].is_float:
                 problems.append(f"{k}: dtype {first[k].dtype} in {name}, {o[k].dtype} in {other}")
             elif o[k].shape!=first[k].shape and units.role[k]!='head':
@@ -246,7 +247,7 @@ def make_plan(
     scans:dict=None, # `{task: scan(...)}` made before; measured here by default
     progress:bool=False, # Show a progress bar while measuring
 ) -> Plan:
-    "Decide every tensor of a merge. Raises `ValueError` that says why before anything is measured"
+    "Decide every tensor. Raises `ValueError` (`TypeError` for a lone path) before any merging"
     check_estimator(estimator)
     check_cut(threshold, top)
     if protocol not in ('unit', 'paper'):
@@ -355,7 +356,8 @@ def load(
         except json.JSONDecodeError as e:
             raise ValueError(f"its first line is no JSON ({e})") from e
         models = meta.get('models') if isinstance(meta, dict) else None
-        if not head.startswith('#') or not isinstance(models, list):
+        if not (head.startswith('#') and isinstance(models, list)
+            and all(isinstance(o, str) for o in models)):
             raise ValueError("its first line does not name the models")
         table = pd.read_csv(StringIO(rest), dtype=str, keep_default_na=False)
         for k in [o for o in table if o=='base' or o in models or o.startswith('snr_')]:

@@ -30,7 +30,7 @@ def plot_thresholds(
     "Accuracy of each strategy against the SNR threshold, with 95 % intervals"
     tasks = list(dict.fromkeys(rows.task))
     fig = Figure(figsize=(8, 3), dpi=50, layout='constrained')
-    axs = fig.subplots(1, len(tasks), sharey=True)
+    axs = fig.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     order = list(dict.fromkeys(rows.strategy))
     for ax,task in zip(axs, tasks):
         x = sorted(rows.threshold.unique())
@@ -52,24 +52,24 @@ def plot_thresholds(
 
 # %% ../nbs/85_plot.ipynb #00000007
 def plot_snr(
-    scans:dict, # `{task: scan(...)}` of two models
+    scans:dict, # `{task: scan(...)}` of two or more models
     threshold:float=None, # Drawn as a line
     title='', # What was measured
     caption='', # Data and estimator, set below the figure
 ) -> Figure:
-    "SNR of each layer in both models, the louder one marked with a star"
-    a,b = scans.values()
-    names = [k for k in a.name if k in set(b.name)]
-    y = np.stack([df.set_index('name').snr[names].to_numpy(float) for df in (a, b)])
+    "SNR of each layer in all models, the loudest one marked with a star"
+    first,*rest = [df.set_index('name').snr for df in scans.values()]
+    names = [k for k in first.index if all(k in o for o in rest)]
+    y = np.stack([o[names].to_numpy(float) for o in (first, *rest)])
     fig = Figure(figsize=(8, 3.2), dpi=50, layout='constrained')
     ax = fig.subplots()
     x = np.arange(len(names))
     floor = max(y[y>0].min()/2, y.max()*1e-6) if (y>0).any() else 1e-3
-    for v,name,dx,color in zip(y, scans, (-.2,.2), ('tab:blue','tab:orange')):
-        ax.bar(x+dx, np.maximum(v, floor), .4, label=name, color=color)
-    win = y.argmax(0)
-    ax.scatter(x+np.where(win, .2, -.2), np.maximum(y.max(0), floor)*1.25, marker='*', s=36,
-        color='k', label='louder of the two')
+    width = .8/len(y)
+    dx = (np.arange(len(y))-(len(y)-1)/2)*width
+    for v,name,d in zip(y, scans, dx): ax.bar(x+d, np.maximum(v, floor), width, label=name)
+    ax.scatter(x+dx[y.argmax(0)], np.maximum(y.max(0), floor)*1.25, marker='*', s=36, color='k',
+        label='loudest')
     if threshold is not None:
         ax.axhline(threshold, ls=':', color='k', label=f'threshold {threshold:.3g}')
     ax.set_yscale('log')

@@ -9,7 +9,7 @@ __all__ = ['bn_layers', 'reestimate_bn']
 
 # %% ../nbs/65_repair.ipynb #00000003
 import copy, torch
-from torch import Tensor, nn
+from torch import nn
 
 # %% ../nbs/65_repair.ipynb #00000005
 def bn_layers(

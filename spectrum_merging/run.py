@@ -9,8 +9,9 @@ __all__ = ['paper_strategies', 'sound_strategies', 'Bench', 'reference_rows', 'e
            'sound_rows', 'new_folder', 'figures', 'tables', 'run_vision']
 
 # %% ../nbs/88_run.ipynb #00000002
-import json, numpy as np, os, pandas as pd, platform, time, torch
+import json, numpy as np, os, pandas as pd, platform, shutil, time, torch
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from tqdm.auto import tqdm
 from . import __version__
@@ -21,7 +22,7 @@ from .plot import plot_repair, plot_snr, plot_thresholds
 from .repair import reestimate_bn
 from .scan import scan
 from .vision import (Budget, cache_dir, digest, full, load_tasks, make_base,
-    make_expert, predict, prepare, quick, resnet18)
+    make_expert, predict, prepare, resnet18)
 
 # %% ../nbs/88_run.ipynb #00000006
 def _stored(path, make):
@@ -45,17 +46,27 @@ class Bench:
         progress:bool=True,
     ):
         "Train or load base and experts"
-        self.tasks = {k: t.limit(budget.train, budget.test) if budget.train else t
-            for k,t in tasks.items()}
+        self.tasks = {k: t.limit(budget.train, budget.test) for k,t in tasks.items()}
         self.cache,self.progress = Path(cache or cache_dir()),progress
         self.seed,self.images = seed,budget.calibration
         self.base,base_key = made = make_base(self.tasks, budget, base, seed, self.cache, progress)
         experts = {k: make_expert(t, made, budget, seed, self.cache, progress)
             for k,t in self.tasks.items()}
         self.experts = {k: sd for k,(sd,_) in experts.items()}
-        self.key = digest([base_key, [key for _,key in experts.values()], seed],
+        self.key = digest([__version__, base_key, [key for _,key in experts.values()], seed],
             *[t.test_x for t in self.tasks.values()])
         self.labels = {k: t.test_y.numpy() for k,t in self.tasks.items()}
+
+    @cached_property
+    def weight_scans(self):
+        "The paper's SNR of each expert's weights"
+        return {t: scan(sd, estimator='paper_vision', progress=False)
+            for t,sd in self.experts.items()}
+
+    @cached_property
+    def update_scans(self):
+        "The calibrated SNR of each expert's update"
+        return {t: scan(sd, self.base, progress=False) for t,sd in self.experts.items()}
 
     def calibration(self, task):
         "Training images of a task, without labels"
@@ -66,7 +77,7 @@ class Bench:
     def predict(self, name, states, bn='averaged'):
         "`{task: predictions}` of a state dict per task; `name`: the weights, `bn`: the BatchNorm"
         def make(task):
-            model = resnet18(self.tasks[task].classes, states[task])
+            model = resnet18(len(states[task]['fc.bias']), states[task])
             if bn!='averaged': model = reestimate_bn(model, self._batches(task, bn))
             return predict(model, self.tasks[task].test_x).to(torch.uint8).numpy()
         def file(t):
@@ -88,7 +99,6 @@ def reference_rows(
     bench:Bench,
 ) -> list: # Rows of `score_rows`
     "Majority class, base with all heads, each expert alone, each expert's body with all heads"
-    first = next(iter(bench.experts))
     rows = bench.scores({t: majority(o.y, len(o.test_y)) for t,o in bench.tasks.items()},
         table='reference', method='majority class')
     heads = {t: {k: v for k,v in sd.items() if k[:3]=='fc.'} for t,sd in bench.experts.items()}
@@ -123,14 +133,12 @@ def paper_rows(
     thresholds=(3, 5, 15, 25), # SNRs of the paper's Figure
 ) -> list: # Rows of `score_rows`
     "The paper's vision experiment, tensor for tensor"
-    scans = {t: scan(sd, estimator='paper_vision', progress=False)
-        for t,sd in bench.experts.items()}
     rows = []
     bar = tqdm(paper_strategies, desc="paper's grid", disable=not bench.progress, leave=False)
     for strategy in bar:
         for t in thresholds:
             plan = make_plan(strategy, bench.experts, estimator='paper_vision', protocol='paper',
-                threshold=t, scans=scans)
+                threshold=t, scans=bench.weight_scans)
             sd = merge(plan, bench.experts)
             rows += bench.scores(bench.predict(plan.digest, {k: sd for k in bench.tasks}),
                 table='paper', method=strategy, strategy=strategy, threshold=t, heads='averaged',
@@ -147,8 +155,7 @@ def sound_rows(
     treatments=('averaged','shared','per task'), # Of BatchNorm statistics
 ) -> list: # Rows of `score_rows`
     "All strategies with units, heads per task, with and without BatchNorm re-estimation"
-    scans = {t: scan(sd, bench.base, progress=False) for t,sd in bench.experts.items()}
-    plans = {(s, p): make_plan(s, bench.experts, bench.base, top=p, scans=scans)
+    plans = {(s, p): make_plan(s, bench.experts, bench.base, top=p, scans=bench.update_scans)
         for s in sound_strategies for p in (tops if s!='standard' else [None])}
     rows = []
     bar = tqdm(plans.items(), desc='sound grid', disable=not bench.progress, leave=False)
@@ -179,7 +186,7 @@ def new_folder(
 def _caption(bench):
     a = '; '.join(f'{k}: {len(t.x):,} training and {len(t.test_x):,} test images'
         for k,t in bench.tasks.items())
-    return f'{a}. One seed ({bench.seed}). Bars on points: 95 % Wilson intervals.'
+    return f'{a}. One seed ({bench.seed}).'
 
 # %% ../nbs/88_run.ipynb #00000013
 def figures(
@@ -192,20 +199,18 @@ def figures(
         return ref[(ref.task==t) & (ref.method==f'expert {e}, own head')].accuracy.iloc[0]
     lines = {t: {('expert' if e==t else f'{e} expert'): own(t, e)
         for e in sorted(bench.tasks, key=lambda o: o!=t)} for t in bench.tasks}
-    weights = {t: scan(sd, estimator='paper_vision', progress=False)
-        for t,sd in bench.experts.items()}
-    updates = {t: scan(sd, bench.base, progress=False) for t,sd in bench.experts.items()}
     sound = rows[rows.table=='sound']
     best = sound[sound.top.isna() | (sound.top==sound.top.min())]
     table = summarise(best, ['method','bn']).rename(columns=dict(bn='treatment'))
     table.treatment = 'BatchNorm ' + table.treatment
-    short = caption.split('. Bars')[0]+'.'
     return dict(thresholds=plot_thresholds(rows[rows.table=='paper'], lines,
-            f"Paper's protocol: one averaged head, averaged BatchNorm statistics. {caption}"),
-        snr_weights=plot_snr(weights, title="SNR of the weights, paper's vision formula",
-            caption=short),
-        snr_updates=plot_snr(updates, title='SNR of the updates, calibrated', caption=short),
-        repair=plot_repair(table, f"Sound protocol: units, one head per task. {short}"))
+            f"Paper's protocol: one averaged head, averaged BatchNorm statistics. {caption} "
+            "Bars on points: 95 % Wilson intervals."),
+        snr_weights=plot_snr(bench.weight_scans, caption=caption,
+            title="SNR of the weights, paper's vision formula"),
+        snr_updates=plot_snr(bench.update_scans, caption=caption,
+            title='SNR of the updates, calibrated'),
+        repair=plot_repair(table, f"Sound protocol: units, one head per task. {caption}"))
 
 # %% ../nbs/88_run.ipynb #00000014
 def tables(
@@ -251,14 +256,15 @@ def _write(out, rows, bench, budget, base, seconds):
         made=datetime.now(timezone.utc).isoformat(timespec='seconds'), seconds=round(seconds, 1),
         seed=bench.seed, base=str(base), budget=vars(budget),
         tasks={k: repr(t) for k,t in bench.tasks.items()}, **_machine())
-    rows.to_csv(tmp/'results.csv', index=False)
     records = json.loads(rows.to_json(orient='records'))
     text = json.dumps(about | dict(rows=records), indent=1, ensure_ascii=False)
-    (tmp/'results.json').write_text(text, encoding='utf-8')
-    for t,sd in bench.experts.items():
-        file = tmp/f"scan-{t.replace(' ', '-')}.csv"
-        scan(sd, bench.base, progress=False).to_csv(file, index=False)
-    for k,fig in figures(rows, bench).items():
-        fig.savefig(tmp/f'{k}.png', dpi=120, bbox_inches='tight')
-    if out.exists(): out.rmdir()
-    os.rename(tmp, out)
+    try:
+        (tmp/'results.json').write_text(text, encoding='utf-8')
+        rows.to_csv(tmp/'results.csv', index=False)
+        for t,df in bench.update_scans.items():
+            df.to_csv(tmp/f"scan-{t.replace(' ', '-')}.csv", index=False)
+        for k,fig in figures(rows, bench).items():
+            fig.savefig(tmp/f'{k}.png', dpi=120, bbox_inches='tight')
+        if out.exists(): out.rmdir()
+        os.rename(tmp, out)
+    finally: shutil.rmtree(tmp, ignore_errors=True)

@@ -240,7 +240,7 @@ def shrink(
 def snr_paper_vision(
     W, # Tensor or array with ≥ 2 dimensions
     name:str='W', # What to call it in an error
-) -> float: # ≥ 1
+) -> float: # ≥ 0
     "λ_max over median λ of WWᵀ/cols, as in the [paper's ResNet notebook](https://github.com/maste473/Spectrum-Guided-Model-Merging---Focused-Fusion-on-Informative-Layers)"
     A = as_matrix(W, name)
     rows,cols = A.shape

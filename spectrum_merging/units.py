@@ -53,7 +53,7 @@ def _partner(owner, matrices):
 def find_units(
     infos:dict, # `{name: TensorInfo}`
     heads:list=None, # Module prefixes that are heads; None goes by the usual names
-    aliases:dict={}, # Tied tensors, `{name: first name}`
+    aliases:dict=None, # Tied tensors, `{name: first name}`
 ) -> pd.DataFrame: # Indexed by tensor name: unit, role
     "Unit and role of every tensor, from names and shapes alone"
     owners = {k: k.rpartition('.')[0] or k for k in infos}
@@ -67,5 +67,5 @@ def find_units(
         if not info.is_float: return 'buffer'
         if is_matrix(info.shape): return 'embedding' if _is_table(k, info.shape) else 'matrix'
         return 'bias' if owners[k] in matrices else 'norm' if '.' in k else 'other'
-    rows = {k: (unit[owners[aliases.get(k, k)]], role(k, o)) for k,o in infos.items()}
+    rows = {k: (unit[owners[(aliases or {}).get(k, k)]], role(k, o)) for k,o in infos.items()}
     return pd.DataFrame.from_dict(rows, orient='index', columns=['unit','role']).rename_axis('name')

@@ -9,7 +9,7 @@ __all__ = ['full', 'quick', 'Task', 'digits_tasks', 'load_tasks', 'prepare', 're
            'cache_dir', 'digest', 'cached', 'Budget', 'make_base', 'make_expert']
 
 # %% ../nbs/80_vision.ipynb #00000003
-import hashlib, json, os, shutil, socket, torch, torch.nn.functional as F, torchvision
+import hashlib, json, os, socket, torch, torch.nn.functional as F, torchvision
 from dataclasses import dataclass
 from pathlib import Path
 from safetensors.torch import load_file, save_file
@@ -32,9 +32,10 @@ class Task:
     def __repr__(self):
         return (f"Task({self.name}: {len(self.x):,} training and {len(self.test_x):,} test images, "
             f"{self.classes} classes; {self.source})")
-    def limit(self, train, test):
+    def limit(self, train=None, test=None):
+        "The first `train` and `test` images; None takes all"
         return Task(self.name, self.x[:train], self.y[:train], self.test_x[:test],
-            self.test_y[:test], f'{self.source}, first {train:,} and {test:,}')
+            self.test_y[:test], self.source)
 
 # %% ../nbs/80_vision.ipynb #00000008
 def digits_tasks() -> dict: # `{name: Task}`
@@ -77,8 +78,9 @@ def load_tasks(
     socket.setdefaulttimeout(10)
     try: return {k: _torchvision_task(k, c, target, True) for k,c in sets.items()}
     except (OSError, RuntimeError) as e:
+        why = (str(e) or type(e).__name__).splitlines()[0].rstrip(':')
         print("No local data (SPECTRUM_DATA or --data) and no download "
-            f"({str(e).splitlines()[0]}): using scikit-learn's digits instead.")
+            f"({why}): using scikit-learn's digits instead.")
         return digits_tasks()
     finally: socket.setdefaulttimeout(timeout)
 
@@ -215,7 +217,8 @@ def digest(*parts) -> str: # 16 hexadecimal digits
     h = hashlib.sha256()
     for o in parts:
         if isinstance(o, Tensor):
-            h.update(f'{o.dtype}{tuple(o.shape)}'.encode() + o.contiguous().numpy().tobytes())
+            raw = o.contiguous().flatten().view(torch.uint8)
+            h.update(f'{o.dtype}{tuple(o.shape)}'.encode() + raw.numpy().tobytes())
         else: h.update(json.dumps(o, sort_keys=True).encode())
     return h.hexdigest()[:16]
 

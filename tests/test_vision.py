@@ -107,3 +107,12 @@ def test_results_are_not_overwritten(tmp_path):
         new_folder(tmp_path/'full', 'vision')
     assert new_folder(tmp_path/'empty', 'vision')==tmp_path/'empty'
     assert new_folder(None, 'vision').parent==Path('results')
+
+def test_one_image_limit_alone():
+    task = digits_tasks()['digits 0-4']
+    assert len(task.limit(test=7).test_x)==7 and len(task.limit(test=7).x)==len(task.x)
+
+def test_digest_sees_values_dtype_and_shape():
+    a = torch.arange(4.)
+    same = [a, a.clone(), a.to(torch.bfloat16), a.view(2, 2), a+1, torch.tensor(1.)]
+    assert len({vision.digest(o) for o in same})==5
