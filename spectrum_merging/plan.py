@@ -206,8 +206,12 @@ def _snr_columns(models, base, units, estimator, of, scans, progress):
 def _decide(s, strategy, threshold, top, paper):
     "Coefficients, cut, reasons for SNRs `s` (K, N); the paper's top 100 % skips the last layer"
     peak = s.max(axis=1)
-    cut = -np.inf if top==100 and not paper else cut_value(peak.to_numpy(), threshold, top)
-    coefs = strategy.f(s.to_numpy(), (peak > cut).to_numpy())
+    with np.errstate(invalid='ignore'):
+        cut = -np.inf if top==100 and not paper else cut_value(peak.to_numpy(), threshold, top)
+        coefs = strategy.f(s.to_numpy(), (peak > cut).to_numpy())
+    if np.isnan(cut) or np.isnan(coefs).any():
+        raise ValueError(f"{peak.idxmax()} has SNR {peak.max()}: no percentile, no weight. Use "
+            "threshold= and a strategy that takes models whole, or estimator='mp'")
     reasons = [f"largest SNR {p:.4g} ({s.columns[i]}) {'>' if p>cut else '≤'} {cut:.4g}"
         for p,i in zip(peak, s.to_numpy().argmax(1))]
     return pd.DataFrame(coefs, s.index, ['base',*s]),cut,pd.Series(reasons, s.index)

@@ -599,3 +599,14 @@ def test_base_of_another_size():
         estimator='paper_vision', threshold=1e9)
     with pytest.raises(ValueError, match='fc.weight has different shapes in base, a, b'):
         merge(plan, [A, expert(2, classes=2)], base)
+
+@pytest.mark.parametrize('strategy,kw', [('snr_weighted', dict(threshold=1)),
+    ('snr_winner', dict(top=50))])
+def test_infinite_snr(strategy, kw):
+    "Spectrum's score is inf where nothing lies below its threshold: no weight, no percentile"
+    scans = {k: scan(m, estimator='spectrum', progress=False) for k,m in dict(a=A, b=B).items()}
+    for df in scans.values(): df.snr = inf
+    with pytest.raises(ValueError, match="conv1 has SNR inf.*estimator='mp'"):
+        make_plan(strategy, [A, B], estimator='spectrum', scans=scans, **kw)
+    plan = make_plan('snr_winner', [A, B], estimator='spectrum', scans=scans, threshold=1)
+    assert (coefs(plan).b[plan.table.role.eq('matrix').to_numpy()]==1).all()
