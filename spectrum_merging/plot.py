@@ -29,7 +29,7 @@ def plot_thresholds(
 ) -> Figure: # One panel per task
     "Accuracy of each strategy against the SNR threshold, with 95 % intervals"
     tasks = list(dict.fromkeys(rows.task))
-    fig = Figure(figsize=(8, 3), dpi=50, layout='constrained')
+    fig = Figure(figsize=(8, 3), dpi=44, layout='constrained')
     axs = fig.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     order = list(dict.fromkeys(rows.strategy))
     for ax,task in zip(axs, tasks):
@@ -61,7 +61,7 @@ def plot_snr(
     first,*rest = [df.set_index('name').snr for df in scans.values()]
     names = [k for k in first.index if all(k in o for o in rest)]
     y = np.stack([o[names].to_numpy(float) for o in (first, *rest)])
-    fig = Figure(figsize=(8, 3.2), dpi=50, layout='constrained')
+    fig = Figure(figsize=(8, 3.2), dpi=44, layout='constrained')
     ax = fig.subplots()
     x = np.arange(len(names))
     floor = max(y[y>0].min()/2, y.max()*1e-6) if (y>0).any() else 1e-3
@@ -74,7 +74,7 @@ def plot_snr(
         ax.axhline(threshold, ls=':', color='k', label=f'threshold {threshold:.3g}')
     ax.set_yscale('log')
     ax.set_ylim(bottom=floor*.9)
-    ax.set_xticks(x, [k.removesuffix('.weight') for k in names], rotation=90, fontsize=7)
+    ax.set_xticks(x, [k.removesuffix('.weight') for k in names], rotation=90, fontsize=8)
     ax.set(ylabel='SNR (log scale)', title=title)
     fig.legend(loc='outside right upper', frameon=False, fontsize=8)
     return _finish(fig, [ax], caption)
@@ -87,7 +87,7 @@ def plot_repair(
     "Mean normalised accuracy of each method under each treatment of heads and BatchNorm"
     wide = table.pivot_table(index='method', columns='treatment', values='mean_normalised',
         sort=False)
-    fig = Figure(figsize=(8, 3), dpi=50, layout='constrained')
+    fig = Figure(figsize=(8, 3), dpi=44, layout='constrained')
     ax = fig.subplots()
     width = .8/wide.shape[1]
     for i,(name,col) in enumerate(wide.items()):
