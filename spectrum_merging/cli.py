@@ -96,7 +96,7 @@ def run_cli(
     experiment:Annotated[str, "Which experiment: vision", dict(choices=['vision'])],
     data:str=None, # Folder of FashionMNIST/raw, KMNIST/raw; else $SPECTRUM_DATA, download, digits
     out:str=None, # New folder for results; by default results/vision-<time>
-    quick:bool=False, # Small budget: minutes instead of half an hour
+    quick:bool=False, # Small budget: one or two minutes instead of twenty
     base:str='rotation', # rotation, imagenet, or a .safetensors file of ResNet-18
     seed:int=0, # Of base and experts
     cache:str=None, # Folder of experts, predictions; by default $SPECTRUM_CACHE or the user's cache
