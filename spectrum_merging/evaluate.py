@@ -22,7 +22,7 @@ def wilson(
     if not 0 <= correct <= n or n==0:
         raise ValueError(f"{correct} correct out of {n}: pass 0 ≤ correct ≤ n and n ≥ 1")
     ci = binomtest(int(correct), int(n)).proportion_ci(level, method='wilson')
-    return ci.low,ci.high
+    return float(ci.low),float(ci.high)
 
 # %% ../nbs/70_evaluate.ipynb #00000007
 def score(
