@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from . import __version__
-from .plan import Plan, name_models
+from .plan import Plan, listed, name_models
 
 # %% ../nbs/60_merge.ipynb #00000006
 def combine(
@@ -52,8 +52,7 @@ def _check(plan, models, base):
     problems += [f"{k} of {m} is not in the plan"
         for m,o in models.items() for k in o if k not in planned]
     if problems:
-        raise ValueError("plan and models do not fit:\n  " + '\n  '.join(problems[:12])
-            + (f'\n  … and {len(problems)-12} more' if len(problems)>12 else ''))
+        raise ValueError(f"plan and models do not fit:{listed(problems)}")
 
 def _merged_row(plan, row, sources):
     "The tensor that `row` of the plan describes"
