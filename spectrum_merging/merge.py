@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from . import __version__
-from .plan import Plan, listed, name_models
+from .plan import Plan, listed, name_models, tensor_name
 
 # %% ../nbs/60_merge.ipynb #00000006
 def combine(
@@ -40,7 +40,7 @@ def _check(plan, models, base):
     sources = dict(models, base=base)
     problems = []
     for row in plan.table.to_dict('records'):
-        k = row['name'].partition('@')[0]
+        k = tensor_name(row['name'])
         used = [m for m,c in plan.coefs(row).items() if c]
         lost = [m for m in used if k not in sources[m]]
         shown = [] if '@' in row['name'] else [m for m in models if k in models[m]]
@@ -48,7 +48,7 @@ def _check(plan, models, base):
         elif not used: problems.append(f"{k} has coefficients 0 only")
         elif len({sources[m].infos[k].shape for m in used + shown})>1:
             problems.append(f"{k} has different shapes in {', '.join(dict.fromkeys(used + shown))}")
-    planned = {o.partition('@')[0] for o in plan.table.name}
+    planned = set(plan.table.name.map(tensor_name))
     problems += [f"{k} of {m} is not in the plan"
         for m,o in models.items() for k in o if k not in planned]
     if problems:
@@ -56,7 +56,7 @@ def _check(plan, models, base):
 
 def _merged_row(plan, row, sources):
     "The tensor that `row` of the plan describes"
-    k = row['name'].partition('@')[0]
+    k = tensor_name(row['name'])
     used = {m: c for m,c in plan.coefs(row).items() if c}
     tensors = {m: sources[m].read(k) for m in used}
     for m,t in tensors.items():
@@ -90,7 +90,7 @@ def task_state(
     tasks = {k.partition('@')[2] for k in merged if '@' in k}
     if tasks and task not in tasks:
         raise KeyError(f"task is {task!r}: the merge has heads for {', '.join(sorted(tasks))}")
-    return {k.partition('@')[0]: v for k,v in merged.items()
+    return {tensor_name(k): v for k,v in merged.items()
         if '@' not in k or k.endswith(f'@{task}')}
 
 # %% ../nbs/60_merge.ipynb #00000011
@@ -115,7 +115,7 @@ def save_merged(
         body = {k: v.contiguous() for k,v in merged.items() if '@' not in k}
         save_file(body, tmp/'model.safetensors', meta)
         for task in plan.models:
-            head = {k.partition('@')[0]: v.contiguous()
+            head = {tensor_name(k): v.contiguous()
                 for k,v in merged.items() if k.endswith(f'@{task}')}
             if head: save_file(head, tmp/f'heads/{task}.safetensors', meta)
         if not any((tmp/'heads').iterdir()): (tmp/'heads').rmdir()

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from tqdm.auto import tqdm
 from . import __version__
+from .checkpoint import atomic
 from .evaluate import majority, normalise, score_rows, summarise
 from .merge import merge, task_state
 from .plan import make_plan
@@ -30,9 +31,7 @@ def _stored(path, make):
     if path.exists(): return np.load(path, allow_pickle=False)
     a = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.npy')
-    np.save(tmp, a)
-    os.replace(tmp, path)
+    with atomic(path) as tmp: np.save(tmp, a)
     return a
 
 class Bench:

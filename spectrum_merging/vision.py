@@ -15,6 +15,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from .checkpoint import atomic
 
 # %% ../nbs/80_vision.ipynb #00000007
 @dataclass(frozen=True)
@@ -153,11 +154,6 @@ def _rotated(x, g):
     turns = torch.randint(0, 4, (len(x),), generator=g)
     return torch.stack([torch.rot90(a, k, (1, 2)) for a,k in zip(x, turns.tolist())]),turns
 
-def _save_atomic(obj, path):
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}')
-    torch.save(obj, tmp)
-    os.replace(tmp, path)
-
 def train(
     model:nn.Module, # Changed in place
     x:Tensor, # (n, 1, 32, 32) images, uint8
@@ -199,7 +195,7 @@ def train(
         bar.set_postfix(epoch=epoch+1, loss=f'{loss.item():.3f}')
         if resume:
             state = {k: o.state_dict() for k,o in parts.items()} | dict(epoch=epoch+1)
-            _save_atomic(state, Path(resume))
+            with atomic(resume) as tmp: torch.save(state, tmp)
     bar.close()
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError(f"{label} diverged to NaN or Inf: lower lr={lr}")
@@ -241,8 +237,7 @@ def cached(
         sd = {k: v.detach().cpu().contiguous()
             for k,v in make(home/'unfinished.pt').state_dict().items()}
         (home/'recipe.json').write_text(json.dumps(recipe, indent=1), encoding='utf-8')
-        save_file(sd, tmp := home/f'.model.{os.getpid()}', dict(format='pt'))
-        os.replace(tmp, home/'model.safetensors')
+        with atomic(home/'model.safetensors') as tmp: save_file(sd, tmp, dict(format='pt'))
         (home/'unfinished.pt').unlink(missing_ok=True)
     return _in_order(load_file(home/'model.safetensors')),key
 
