@@ -1,5 +1,5 @@
 "A `Checkpoint` opens every kind of source lazily and exactly, and refuses bad ones with a reason."
-import json, pytest, torch
+import json, os, pytest, torch
 from resource import RUSAGE_SELF, getrusage
 from safetensors.torch import save_file
 from spectrum_merging.checkpoint import Checkpoint, TensorInfo
@@ -31,6 +31,18 @@ def module(sd):
 
 def as_file(sd, d): save_file(sd, d/'weights.safetensors'); return d/'weights.safetensors'
 def as_folder(sd, d): save_file(sd, d/'model.safetensors'); return d
+def as_pt(sd, d): torch.save(sd, d/'m.pt'); return d/'m.pt'
+def as_bin(sd, d):
+    torch.save(sd, d/'pytorch_model.bin')
+    (d/'training_args.bin').write_bytes(b'x')
+    return d
+def as_bin_shards(sd, d):
+    names = list(sd)
+    for i,ks in enumerate((names[:5], names[5:])): torch.save({k: sd[k] for k in ks}, d/f'p{i}.bin')
+    where = {k: f'p{int(i>=5)}.bin' for i,k in enumerate(names)}
+    (d/'pytorch_model.bin.index.json').write_text(json.dumps(dict(weight_map=where)))
+    return d
+def as_nested(sd, d): torch.save(dict(state_dict=sd, epoch=3), d/'m.pt'); return d/'m.pt'
 def as_odd_folder(sd, d): save_file(sd, d/'adapter.safetensors'); return d
 def as_shards(sd, d): shard(sd, d); return d
 def as_index(sd, d): shard(sd, d); return d/index
@@ -38,7 +50,8 @@ def as_index(sd, d): shard(sd, d); return d/index
 sources = dict(module=lambda sd, d: module(sd), dict=lambda sd, d: sd,
     state_dict=lambda sd, d: module(sd).state_dict(), file=as_file,
     text=lambda sd, d: str(as_file(sd, d)), folder=as_folder, odd_folder=as_odd_folder,
-    shards=as_shards, index=as_index, checkpoint=lambda sd, d: Checkpoint(as_file(sd, d)))
+    shards=as_shards, index=as_index, pt=as_pt, bin=as_bin,
+    bin_shards=as_bin_shards, nested_pt=as_nested, checkpoint=lambda sd, d: Checkpoint(as_file(sd, d)))
 
 @pytest.mark.parametrize('make', sources.values(), ids=sources)
 def test_round_trip(make, tmp_path):
@@ -49,6 +62,13 @@ def test_round_trip(make, tmp_path):
     assert set(ck) == set(sd) and len(ck) == len(sd) and 'kernel' in ck and 'nothing' not in ck
     assert [k for k,v in sd.items() if bits(ck.read(k))!=bits(v)] == []
     assert f'{len(sd)} tensors, {sum(v.numel() for v in sd.values())} values' in repr(ck)
+
+def test_old_pickle(tmp_path):
+    "Files from before 2020 are no archives and cannot be mapped"
+    sd = dict(w=torch.randn(3, 4), n=torch.tensor(3))
+    torch.save(sd, tmp_path/'m.pth', _use_new_zipfile_serialization=False)
+    ck = Checkpoint(tmp_path)
+    assert [k for k in sd if bits(ck.read(k))!=bits(sd[k])] == [] and ck.files==[tmp_path/'m.pth']
 
 def test_is_float():
     assert {k for k,v in Checkpoint(tensors()).infos.items() if not v.is_float} == {
@@ -72,21 +92,23 @@ def test_tied():
     assert Checkpoint(views).aliases == {}
 
 def test_opening_reads_no_values(monkeypatch, tmp_path):
-    "The header is enough: values are read one by one, when asked for"
+    "The header is enough: values are read piece by piece, when asked for"
     import spectrum_merging.checkpoint as mod
     shard(tensors(), tmp_path)
-    read = []
-    class Spy:
-        def __init__(self, *a): self.f = safe_open(*a)
-        def __getattr__(self, k): return getattr(self.f, k)
-        def get_tensor(self, k): read.append(k); return self.f.get_tensor(k)
-    safe_open = mod.safe_open
-    monkeypatch.setattr(mod, 'safe_open', Spy)
+    read,real = [],mod._File.read_into
+    def spy(self, buf, offset):
+        read.append(len(memoryview(buf).cast('B')))
+        real(self, buf, offset)
+    monkeypatch.setattr(mod._File, 'read_into', spy)
     ck = Checkpoint(tmp_path)
+    size = sum(8+int.from_bytes(o.open('rb').read(8), 'little') for o in tmp_path.glob('*.safetensors'))
     ck.infos, len(ck), repr(ck), Checkpoint(ck)
-    assert read==[]
+    assert sum(read)==size
     ck.read('kernel')
-    assert read==['kernel']
+    assert sum(read)==size+ck.infos['kernel'].nbytes
+    part = bytearray(8)
+    ck.read_into('kernel', part, 4)
+    assert bytes(part)==ck.read('kernel').numpy().tobytes()[4:12]
 
 def test_opening_takes_no_memory(tmp_path):
     "A sparse file of 2 GiB opens at once"
@@ -130,7 +152,7 @@ def lost_tensor(d):
 def bad_index(text): return lambda d: (shard(tensors(), d), put(d, index, text))[1]
 def pickled(name):
     def make(d):
-        torch.save(tensors(), d/name)
+        torch.save(tensors() | dict(hook=os.getcwd), d/name)
         return d
     return make
 def two(d):
@@ -155,10 +177,13 @@ def two(d):
     (bad_index(b'{"weight_map": []}'), ValueError, [index, 'weight_map']),
     (bad_index(b'{"weight_map": {"a": 1}}'), ValueError, [index, 'weight_map']),
     (bad_index(b'{"weight_map": {}}'), ValueError, ['no tensors']),
-    (pickled('pytorch_model.bin'), ValueError, ['pickle', 'weights_only=True', 'save_file']),
-    (pickled('model.pt'), ValueError, ['pickle', 'weights_only=True', 'save_file']),
-    (pickled('model.pth'), ValueError, ['pickle', 'weights_only=True', 'save_file']),
-    (lambda d: pickled('m.pt')(d)/'m.pt', ValueError, ['m.pt', 'weights_only=True', 'state dict']),
+    (pickled('pytorch_model.bin'), ValueError, ['pickle', 'run code', 'save_file']),
+    (pickled('model.pt'), ValueError, ['pickle', 'run code', 'save_file']),
+    (pickled('model.pth'), ValueError, ['pickle', 'run code', 'save_file']),
+    (lambda d: pickled('m.pt')(d)/'m.pt', ValueError, ['m.pt', 'run code', 'state dict']),
+    (lambda d: put(d, 'm.pt', b'junk'), ValueError, ['m.pt', 'PyTorch file', 'download']),
+    (lambda d: put(d, 'm.bin', b''), ValueError, ['m.bin', 'PyTorch file', 'download']),
+    (lambda d: put(d, 'm.txt', b''), ValueError, ['m.txt', 'no file of weights', '.safetensors']),
     (two, FileNotFoundError, ['2 safetensors files', 'name one']),
     (lambda d: d, FileNotFoundError, ['holds no model.safetensors']),
     (lambda d: d/'nowhere', FileNotFoundError, ['nowhere does not exist', 'hub id']),
@@ -178,7 +203,7 @@ def two(d):
     (lambda d: nn.Linear(2, 2, device='meta'), ValueError,
         ['weight', 'meta device', 'load the weights'])],
     ids='''cut header nothing garbage lost_shard cut_shard lost_tensor no_json no_text no_map
-    no_object list_map int_map empty_map bin pt pth pt_file two_files empty_folder no_path
+    no_object list_map int_map empty_map bin pt pth pt_file junk_pt empty_bin text two_files empty_folder no_path
     no_path_text no_relative no_word empty_file empty_dict no_weights none int tensor list
     no_tensor nested int_name meta'''.split())
 def test_refused(make, error, words, tmp_path):
@@ -199,6 +224,15 @@ def test_hub(monkeypatch, tmp_path):
     assert len(Checkpoint('org/name')) == len(tensors()) and asked['name']=='org/name'
     assert '*.safetensors' in asked['allow_patterns']
     assert not {'*', '*.bin', '*.pt'} & set(asked['allow_patterns'])
+
+def test_hub_without_safetensors(monkeypatch, tmp_path):
+    "Pickled weights come only where there are no others, and are opened safely"
+    torch.save(tensors(), tmp_path/'pytorch_model.bin')
+    asked = []
+    def fetch(name, allow_patterns): asked.append(allow_patterns); return str(tmp_path)
+    monkeypatch.setattr('huggingface_hub.snapshot_download', fetch)
+    assert len(Checkpoint('org/name'))==len(tensors())
+    assert ['*.bin' in o for o in asked]==[False, True]
 
 def test_unknown_tensor(tmp_path):
     ck = Checkpoint(as_file(tensors(), tmp_path))

@@ -1,12 +1,13 @@
 "Plans meet wrong input first, decide units whole, are exact on disk, and merge to the bit."
 import copy, csv, json, numpy as np, pandas as pd, pytest, torch
+from collections import namedtuple
 from functools import lru_cache
 from hypothesis import given, settings, strategies as st
 from io import StringIO
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from spectrum_merging.merge import load_task, merge, task_state
-from spectrum_merging.plan import Plan, make_plan
+from spectrum_merging.plan import Plan, PreflightError, make_plan
 from spectrum_merging.scan import scan
 from spectrum_merging.strategies import strategies
 from torch import nn
@@ -68,8 +69,8 @@ def wrong(ms, words, id, **kw): return pytest.param(ms, kw, words, id=id)
     # models that do not fit
     wrong([other, A], ['l1.weight: in a, not in b', 'conv1.weight: in b, not in a',
         'one architecture'], 'architecture'),
-    wrong([A, plus(B, x=ids*1.)], ['1 problems', 'x: in b, not in a', 'one architecture'], 'extra'),
-    wrong([A, without(B, 'bn2.bias')], ['1 problems', 'bn2.bias: in a, not in b'], 'lost'),
+    wrong([A, plus(B, x=ids*1.)], ['1 problem)', 'x: in b, not in a', 'one architecture'], 'extra'),
+    wrong([A, without(B, 'bn2.bias')], ['1 problem)', 'bn2.bias: in a, not in b'], 'lost'),
     wrong([A, wide], ['conv1.weight: shape (16, 3, 3, 3) in a, (20, 3, 3, 3) in b', 'bn1.bias',
         'heads=[...]'], 'shape'),
     wrong([A, plus(without(B, 'conv2.weight'), **{'bn1.bias': ids*1.})], ['2 problems',
@@ -77,9 +78,7 @@ def wrong(ms, words, id, **kw): return pytest.param(ms, kw, words, id=id)
     wrong([A, odd, without(C, 'fc.bias')], ['fc.bias: in a, not in c'], 'third lacks head'),
     wrong([A, wide, without(C, 'conv1.bias')], ['conv1.bias: in a, not in c'], 'third lacks body'),
     wrong([A, changed(B, 'conv2.weight', lambda t: t.to(torch.int8))],
-        ['conv2.weight', 'torch.float32 in a, torch.int8 in b'], 'dtype'),
-    wrong([plus(A, ids=ids), plus(B, ids=ids+1)],
-        ['ids', 'torch.int64', 'a and b', 'align'], 'ints'),
+        ['conv2.weight', 'dtype float32 in a, int8 in b', 'convert'], 'dtype'),
     # the base
     wrong([A, B], ["'base_reset'", 'base='], 'no base', strategy='base_reset'),
     wrong([A, B], ['conv1.weight: in a, not in base', 'one base'], 'other base',
@@ -89,18 +88,6 @@ def wrong(ms, words, id, **kw): return pytest.param(ms, kw, words, id=id)
     wrong([A, B], ['conv1.weight: shape (16, 3, 3, 3) in a, (20, 3, 3, 3) in base'], 'wide update',
         base=wide),
     wrong([A, B], ["of='update'", 'base=', "of='weights'"], 'update of nothing', of='update'),
-    # values
-    wrong([A, changed(B, 'conv2.weight', put(nan))],
-        ['conv2.weight of b', '1 NaN and 0 Inf', '3456', 'repair'], 'nan'),
-    wrong([changed(A, 'conv1.bias', put(-inf)), B],
-        ['conv1.bias of a', '0 NaN and 1 Inf', '16', 'repair'], 'inf'),
-    wrong([A, changed(B, 'fc.weight', put(nan))], ['fc.weight of b', '1 NaN'], 'nan in head'),
-    wrong([A, changed(B, 'bn1.running_var', put(nan))], ['bn1.running_var of b', '1 NaN'],
-        'nan in statistics', strategy='standard'),
-    wrong([A, B], ['bn2.bias of base', '1 NaN', 'repair'], 'nan in base',
-        strategy='base_reset', base=changed(A, 'bn2.bias', put(nan))),
-    wrong([A, B], ['conv1.weight of base', '1 Inf', 'repair'], 'inf in update',
-        base=changed(A, 'conv1.weight', put(inf))),
     # cuts
     wrong([A, B], ['threshold=3', 'top=50', 'choose one'], 'both', threshold=3, top=50),
     wrong([A, B], ['threshold=0', 'top=50', 'choose one'], 'both zero', threshold=0, top=50),
@@ -148,10 +135,77 @@ def wrong(ms, words, id, **kw): return pytest.param(ms, kw, words, id=id)
 def test_wrong_input(ms, kw, words, monkeypatch):
     "The message names the thing, the values and the remedy, and nothing was measured"
     def measure(*a, **k): pytest.fail('measured before it was checked')
-    monkeypatch.setattr('spectrum_merging.plan.scan', measure)
+    monkeypatch.setattr('spectrum_merging.scan.scan', measure)
     with pytest.raises((ValueError, TypeError)) as e:
         make_plan(**dict(strategy='snr_winner') | kw, models=ms)
     assert [o for o in words if o not in str(e.value)] == []
+
+@pytest.mark.parametrize('ms,kw,words', [
+    wrong([A, changed(B, 'conv2.weight', put(nan))],
+        ['conv2.weight', 'b', '1 NaN and 0 Inf', '3456', 'repair'], 'nan'),
+    wrong([changed(A, 'conv1.bias', put(-inf)), B],
+        ['conv1.bias of a', '0 NaN and 1 Inf', '16', 'repair'], 'inf'),
+    wrong([A, changed(B, 'fc.weight', put(nan))], ['fc.weight', 'b', '1 NaN'], 'nan in head'),
+    wrong([A, changed(B, 'bn1.running_var', put(nan))], ['bn1.running_var of b', '1 NaN'],
+        'nan in statistics', strategy='standard'),
+    wrong([A, B], ['bn2.bias of base', '1 NaN', 'repair'], 'nan in base',
+        strategy='base_reset', base=changed(A, 'bn2.bias', put(nan)), threshold=1e9),
+    wrong([A, B], ['base conv1.weight', '1 Inf', 'repair'], 'inf in update',
+        base=changed(A, 'conv1.weight', put(inf))),
+    wrong([plus(A, ids=ids), plus(B, ids=ids+1)], ['ids', 'int64', 'a and b', 'align'], 'ints')])
+def test_wrong_values(ms, kw, words, tmp_path):
+    "Values are looked at where they are read: by the scan or by the merge, which leaves nothing"
+    kw = dict(strategy='snr_winner') | kw
+    for out in (None, tmp_path/'out'):
+        with pytest.raises(ValueError) as e:
+            merge(make_plan(models=ms, **kw), ms, kw.get('base'), out)
+        assert [o for o in words if o not in str(e.value)] == []
+    assert not list(tmp_path.iterdir())
+
+def test_too_large_for_its_type():
+    "A sum that fp16 cannot hold is an error that names the coefficients, not an Inf in a file"
+    ms = [{'w': torch.full((4, 4), v).half()} for v in (6e4, 6e4)]
+    table = make_plan('standard', ms).table.assign(b=1.)
+    plan = Plan(table, dict(models=['a', 'b']))
+    with pytest.raises(ValueError, match='w gets values that float16 cannot hold.*wider dtype'):
+        merge(plan, ms)
+    assert merge(plan, ms, dtype='float32')['w'].isfinite().all()
+
+def test_all_problems_in_one_table(tmp_path):
+    "Of every kind, each with a remedy; the table comes with the error"
+    (tmp_path/'full').mkdir()
+    (tmp_path/'full/file').touch()
+    vocab = lambda n, p='': {f'{p}embeddings.weight': torch.zeros(n, 4), f'{p}l.weight': torch.zeros(4, 4)}
+    b = dict(vocab(7), ids=torch.zeros(3)) | {'bn.num_batches_tracked': torch.tensor(1.)}
+    a = dict(vocab(5), ids=torch.zeros(3, dtype=torch.int64), lm_head=torch.zeros(5, 4),
+        **{'bn.num_batches_tracked': torch.tensor(1)})
+    with pytest.raises(PreflightError) as e: make_plan('standard', [a, b], out=tmp_path/'full')
+    t = e.value.table.set_index('tensor')
+    assert set(t.index)=={'embeddings.weight','ids','lm_head','bn.num_batches_tracked',''}
+    words = {'embeddings.weight': 'vocabulary', 'ids': 'floats', 'lm_head': 'tie', '': 'new folder',
+        'bn.num_batches_tracked': 'floats'}
+    assert [k for k,v in words.items() if v not in t.remedy[k]] == []
+    assert [k for k in t.index if k not in str(e.value)] == []
+    with pytest.raises(PreflightError, match="prefix 'bert.'"):
+        make_plan('standard', [vocab(5, 'bert.'), vocab(5)])
+
+def test_full_disk(monkeypatch, tmp_path):
+    monkeypatch.setattr('shutil.disk_usage', lambda p: namedtuple('U', 'free')(10))
+    with pytest.raises(PreflightError, match='GB are free'): make_plan('standard', [A, B], out=tmp_path/'o')
+    with pytest.raises(OSError, match='GB are free'): merge(make_plan('standard', [A, B]), [A, B], out=tmp_path/'o')
+    assert not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize('strategy', ['standard', 'snr_winner'])
+def test_tied_module_and_its_folder(strategy, tmp_path):
+    "The file lacks the name that the module ties: they fit, either way round"
+    m = Tied(1)
+    save_file({k: v for k,v in state(m).items() if k!='out.weight'}, tmp_path/'m.safetensors')
+    for ms in ([m, tmp_path/'m.safetensors'], [tmp_path/'m.safetensors', m]):
+        plan = make_plan(strategy, ms)
+        merged = merge(plan, ms)
+        assert same({k: merged[k] for k in ('embed.weight','body.weight')},
+            {k: state(m)[k] for k in ('embed.weight','body.weight')})
+        assert ('out.weight' in merged)==(ms[0] is m)
 
 def test_many_problems_are_cut_short():
     more = {f'l{i:02}': nn.Linear(2, 2, bias=False) for i in range(25)}
@@ -568,21 +622,26 @@ def test_load_task_names_tasks(folders, tmp_path):
 
 def test_out_is_not_overwritten(folders, tmp_path):
     plan,before = make_plan('standard', folders),sorted(tmp_path.rglob('*'))
-    with pytest.raises(FileExistsError, match='x exists.*new folder'):
+    with pytest.raises(FileExistsError, match='x exists and is not empty: choose a new folder'):
         merge(plan, folders, out=folders['x'])
     assert sorted(tmp_path.rglob('*'))==before
 
-@pytest.mark.parametrize('where,call', [('save_file',1), ('save_file',2), ('save_file',3),
-    ('shutil.copy',1), ('os.rename',1)])
+@pytest.mark.parametrize('where,call', [('os.pwrite',1), ('os.pwrite',3), ('os.fdatasync',1),
+    ('os.posix_fallocate',1), ('os.posix_fallocate',2), ('shutil.copyfile',1), ('os.rename',1),
+    ('os.fsync',1), ('os.fsync',4)])
 def test_out_is_atomic(folders, tmp_path, monkeypatch, where, call):
-    "A failure half-way leaves nothing behind"
-    plan,before,calls = make_plan('standard', folders),sorted(tmp_path.rglob('*')),[]
+    "A failure half-way leaves nothing behind, and the inputs as they were"
+    import os, shutil
+    mod,name = where.split('.')
+    real,plan,calls = getattr(dict(os=os, shutil=shutil)[mod], name),make_plan('standard', folders),[]
+    before = {o: o.is_file() and o.read_bytes() for o in tmp_path.rglob('*')}
     def fails_in_time(*a):
         calls.append(a)
-        return fail() if len(calls)==call else save_file(*a)
-    monkeypatch.setattr(f'spectrum_merging.merge.{where}', fails_in_time)
-    with pytest.raises(OSError, match='disk full'): merge(plan, folders, out=tmp_path/'out')
-    assert sorted(tmp_path.rglob('*'))==before
+        return fail() if len(calls)==call else real(*a)
+    monkeypatch.setattr(where, fails_in_time)
+    with pytest.raises(OSError, match='disk full'): merge(plan, folders, out=tmp_path/'new/out')
+    monkeypatch.undo()
+    assert {o: o.is_file() and o.read_bytes() for o in tmp_path.rglob('*')}==before
 
 def test_out_takes_files_of_its_models_only(tmp_path, monkeypatch):
     "A folder that happens to be called like the class of a model in memory is none of them"
