@@ -109,7 +109,7 @@ def merge_cli(
 def verify_cli(
     out:str, # Folder that spectrum-merge wrote
     models:Annotated[str, "Where inputs are now, each NAME=PATH (base=PATH too), if they were moved",
-        dict(nargs='*')]=(),
+        dict(nargs='*', opt=False)]=(),
     all:bool=False, # Make every tensor again instead of a sample
     sample:int=16, # How many tensors to make again
     workers:int=None, # Threads; by default one per core

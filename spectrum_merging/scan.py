@@ -8,11 +8,13 @@ Docs: https://spectrum.github.io/spectrum-merging/scan.html.md"""
 __all__ = ['resolve_of', 'scan']
 
 # %% ../nbs/20_scan.ipynb #00000003
-import pandas as pd, torch
+import numpy as np, pandas as pd, sys
 from concurrent.futures import ThreadPoolExecutor
+from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
-from .checkpoint import Checkpoint
-from .spectrum import as_matrix, check_estimator, snr, spectrum
+from .arithmetic import storage, widen
+from .checkpoint import Checkpoint, n_cores
+from .spectrum import Matrix, check_estimator, matrix, snr, spectrum
 from .units import find_units, is_matrix
 
 # %% ../nbs/20_scan.ipynb #00000006
@@ -29,11 +31,28 @@ def resolve_of(
             "pass base=, or of='weights'")
     return of
 
+_eps = dict(float64=2**-52, float32=2**-23, float16=2**-10, bfloat16=2**-7)
+
+def _part(name, ckpt, label):
+    "A tensor as a `Matrix`: in pieces from its file, or as it lies in memory"
+    info = ckpt.infos[name]
+    if not ckpt.files or info.dtype not in _eps: return matrix(ckpt.read(name), label)
+    kind,rows = np.dtype(storage[info.dtype]),info.shape[0]
+    cols = info.numel//rows
+    def read(i, j):
+        raw = np.empty((j-i, cols), kind)
+        ckpt.read_into(name, raw, i*cols*kind.itemsize)
+        return raw
+    if rows>cols: return Matrix((rows, cols), [(label, lambda i, j: widen(read(i, j), info.dtype).T)],
+        _eps[info.dtype])
+    raw = read(0, rows)
+    return Matrix((rows, cols), [(label, lambda i, j: widen(raw[:,i:j], info.dtype))], _eps[info.dtype])
+
 def _matrix(name, model, base):
-    "The tensor to measure: the weight itself, or in fp64 its difference from the base"
-    W = model.read(name)
+    "What to measure: the weight itself, or in fp64 its difference from the base"
+    W = _part(name, model, name)
     if base is None: return W
-    return as_matrix(W, name)-as_matrix(base.read(name), f'base {name}')
+    return Matrix(W.shape, W.parts+_part(name, base, f'base {name}').parts, _eps['float64'])
 
 def _measure(name, model, base, estimator):
     "One row's numbers"
@@ -46,11 +65,14 @@ def _measure(name, model, base, estimator):
 # %% ../nbs/20_scan.ipynb #00000008
 def _map_single_threaded(f, items, n_workers):
     "`map(f, items)` in threads with one BLAS thread each, in the order of `items`"
-    threads = torch.get_num_threads()
+    torch = sys.modules.get('torch')
+    threads = torch and torch.get_num_threads()
+    start = dict(initializer=torch.set_num_threads, initargs=(1,)) if torch else {}
     try:
-        pool = ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1,))
-        with pool: yield from pool.map(f, items)
-    finally: torch.set_num_threads(threads)
+        with threadpool_limits(1, 'blas'), ThreadPoolExecutor(n_workers, **start) as pool:
+            yield from pool.map(f, items)
+    finally:
+        if torch: torch.set_num_threads(threads)
 
 def _comparable(name, infos, base, role):
     "Whether the base has this tensor; a head may be missing there or have other classes"
@@ -71,7 +93,7 @@ def scan(
     estimator:str='mp', # 'mp', 'paper_nlp', 'paper_vision' or 'spectrum'
     of:str=None, # 'weights' or 'update'; by default the update where there is a base
     heads:list=None, # Prefixes of task heads, which the base may lack; None goes by the usual names
-    n_workers:int=None, # Layers measured side by side; by default as many as torch has threads
+    n_workers:int=None, # Layers measured side by side; by default one per core
     progress:bool=True, # Show a progress bar
 ) -> pd.DataFrame: # One row per matrix: name, unit, role, shape, snr; for 'mp' more of `Spectrum`
     "Measure every matrix of a model. Raises what `Checkpoint`, `snr` and `resolve_of` raise"
@@ -83,10 +105,10 @@ def scan(
         if o.is_float and _measurable(o.shape, estimator) and k not in model.aliases]
     if base: names = [k for k in names if _comparable(k, infos, base, units.role[k])]
     if not names: raise ValueError(f"{model.label} holds no matrix to measure")
-    size = lambda k: torch.Size(infos[k].shape).numel()
-    jobs = sorted(names, key=lambda k: -size(k)*min(infos[k].shape[0], size(k)//infos[k].shape[0]))
+    def work(o): return o.numel*min(o.shape[0], o.numel//o.shape[0])
+    jobs = sorted(names, key=lambda k: -work(infos[k]))
     found = _map_single_threaded(lambda k: _measure(k, model, base, estimator), jobs,
-        n_workers or torch.get_num_threads())
+        n_workers or n_cores())
     rows = dict(zip(jobs, tqdm(found, total=len(jobs), desc='scan', unit='layer',
         disable=not progress, leave=False)))
     res = pd.DataFrame([dict(name=k, unit=units.unit[k], role=units.role[k], shape=infos[k].shape,

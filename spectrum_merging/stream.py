@@ -8,12 +8,12 @@ Docs: https://spectrum.github.io/spectrum-merging/stream.html.md"""
 __all__ = ['BLOCK', 'TASK', 'Row', 'plan_rows', 'Output', 'outputs', 'Task', 'tasks', 'word_sum', 'run_tasks']
 
 # %% ../nbs/55_stream.ipynb #00000003
-import json, numpy as np, os, threading
+import json, numpy as np, threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from .arithmetic import Scratch, is_finite, storage, weighted_sum
-from .checkpoint import TensorInfo, codes
+from .checkpoint import TensorInfo, codes, n_cores
 from .plan import PreflightError, tensor_name
 
 # %% ../nbs/55_stream.ipynb #00000007
@@ -230,8 +230,7 @@ def run_tasks(
 ):
     "Run tasks side by side. Raises `ValueError` for numbers that are not finite or do not fit"
     local = _Local()
-    with ThreadPoolExecutor(n_workers or len(os.sched_getaffinity(0))
-            if hasattr(os, 'sched_getaffinity') else n_workers or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(n_workers or n_cores()) as pool:
         futures = {pool.submit(_run_task, t, sources, write, local): t for t in todo}
         try:
             for f in as_completed(futures):

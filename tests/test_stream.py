@@ -1,0 +1,415 @@
+"Merges into folders: exact for every shape, type, block and worker; atomic, resumable, verifiable."
+import contextlib, hashlib, json, os, random, shutil, signal, struct, subprocess, sys, time
+import numpy as np, pandas as pd, pytest, torch
+from hypothesis import given, settings, strategies as st
+from pathlib import Path
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from spectrum_merging import folder, stream
+from spectrum_merging.arithmetic import Scratch, is_finite, storage, weighted_sum, widen
+from spectrum_merging.checkpoint import Checkpoint
+from spectrum_merging.merge import load_task, merge
+from spectrum_merging.plan import Plan, make_plan
+from spectrum_merging.strategies import strategies
+from spectrum_merging.verify import verify
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
+
+scripts = Path(sys.executable).parent
+floats = dict(float64=torch.float64, float32=torch.float32, float16=torch.float16,
+    bfloat16=torch.bfloat16)
+
+def raw(t): return t.contiguous().view(torch.uint8).numpy().view(storage[str(t.dtype)[6:]])
+def bits(t): return t.dtype,tuple(t.shape),t.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+def wide_of(*dtypes):
+    "Sums are in fp64 where anything is fp64 or an integer, else in fp32"
+    return torch.float32 if set(dtypes) <= {torch.float32,torch.float16,torch.bfloat16} else torch.float64
+
+def reference(ts, coefs, dtype):
+    "The sum, in plain torch"
+    acc = ts[0].to(w := wide_of(*(t.dtype for t in ts), dtype))*coefs[0]
+    for t,c in zip(ts[1:], coefs[1:]): acc = acc + t.to(w)*c
+    return acc.to(dtype)
+
+# --- arithmetic
+
+@pytest.mark.parametrize('dtype', ['float16','bfloat16'])
+def test_every_number_there_is(dtype):
+    "All 65,536 of a type: which are finite, what they are in fp32 and fp64, and back"
+    t = torch.arange(1<<16, dtype=torch.int32).to(torch.int16).view(floats[dtype])
+    assert [is_finite(raw(o), dtype) for o in t.split(1)] == t.isfinite().tolist()
+    t = t[t.isfinite()]
+    assert np.array_equal(widen(raw(t), dtype), t.double().numpy())
+    for to in floats:
+        out,ok = weighted_sum([raw(t)], [dtype], [1.], to, Scratch(1<<16))
+        assert ok==bool(t.to(floats[to]).isfinite().all())
+        if ok: assert out.tobytes()==raw(t.to(floats[to])).tobytes()
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.sampled_from(list(floats)), min_size=1, max_size=4), st.sampled_from(list(floats)),
+    st.integers(1, 3000), st.integers(-45, 38), st.integers(0, 10**6), st.booleans())
+def test_weighted_sum(dtypes, to, n, size, seed, halves):
+    "As torch does it, bit for bit, subnormals and ties among them; what does not fit is reported"
+    g = torch.Generator().manual_seed(seed)
+    def numbers(d): return (torch.randn(n, generator=g, dtype=torch.float64)*10.**size).to(floats[d])
+    ts = [numbers(d) for d in dtypes]
+    if not all(t.isfinite().all() for t in ts): return
+    coefs = [1/len(ts)]*len(ts) if halves else torch.randn(len(ts), generator=g).double().tolist()
+    want = reference(ts, coefs, floats[to])
+    out,ok = weighted_sum([raw(t) for t in ts], dtypes, coefs, to, Scratch(3000))
+    assert ok==bool(want.isfinite().all())
+    if ok: assert out.tobytes()==raw(want).tobytes()
+
+@pytest.mark.parametrize('to', floats)
+@pytest.mark.parametrize('bad', [float('nan'), float('inf'), -float('inf')])
+@pytest.mark.parametrize('dtype', floats)
+def test_not_finite(dtype, bad, to):
+    "A single one, wherever it is and whatever bits a NaN has"
+    t = torch.ones(100, dtype=floats[dtype])
+    t[73] = bad
+    for c in ([.5, .5], [0.3, .7]):
+        assert not weighted_sum([raw(t), raw(torch.ones_like(t))], [dtype]*2, c, to, Scratch(100))[1]
+    odd = torch.full((4,), -1, dtype=torch.int64).view(floats[dtype])
+    assert odd.isnan().all()
+    assert not weighted_sum([raw(odd)]*2, [dtype]*2, [.5, .5], to, Scratch(16))[1]
+
+# --- files against memory
+
+shapes = st.lists(st.integers(0, 9), max_size=4).map(tuple)
+def model(shapes, dtypes, seed):
+    g = torch.Generator().manual_seed(seed)
+    sd = {f'l{i}.weight': torch.randn(s, generator=g).to(d) for i,(s,d) in enumerate(zip(shapes, dtypes))}
+    return sd | {'ids': torch.arange(5), 'mask': torch.tensor([True,False]), 'step': torch.tensor(seed)}
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.data(), st.lists(shapes, min_size=1, max_size=6), st.sampled_from(list(strategies)),
+    st.integers(2, 4), st.integers(1, 4), st.integers(1, 4000), st.integers(1, 300), st.integers(1, 40))
+def test_files_equal_reference(data, shapes, strategy, n, workers, shard, block, task):
+    "Any shapes, types, shard size, block, task and number of workers"
+    if strategies[strategy].two_only: n = 2
+    dtypes = data.draw(st.lists(st.sampled_from(list(floats.values())), min_size=len(shapes),
+        max_size=len(shapes)))
+    ms,base = {f'm{i}': model(shapes, dtypes, i) for i in range(n)},model(shapes, dtypes, 99)
+    for m in [*ms.values(), base]: m['step'] = torch.tensor(3)
+    snrs = data.draw(st.lists(st.floats(0, 5), min_size=n*len(shapes), max_size=n*len(shapes)))
+    scans = {}
+    for i,m in enumerate(ms):
+        names = [f'l{j}.weight' for j in range(len(shapes))]
+        scans[m] = pd.DataFrame(dict(name=names, snr=snrs[i*len(shapes):(i+1)*len(shapes)]))
+        scans[m].attrs.update(estimator='mp', of='weights')
+    plan = make_plan(strategy, ms, base, of='weights', scans=scans, threshold=2., heads=[])
+    with TemporaryDirectory() as d, patch.object(stream, 'BLOCK', block), patch.object(stream, 'TASK', task):
+        d = Path(d)
+        for k,m in dict(ms, base=base).items(): save_file(m, d/f'{k}.safetensors')
+        out = merge(plan, {k: d/f'{k}.safetensors' for k in ms}, d/'base.safetensors', d/'out',
+            n_workers=workers, shard_size=shard)
+        got = load_task(out)
+        body = Checkpoint(out)
+        assert all(o.offset % min(64, np.dtype(storage[o.info.dtype]).itemsize)==0
+            for o in body._entries.values())
+        for f in body.files:
+            assert f.stat().st_size <= shard+5000 or len(Checkpoint(f))==1
+    for row in plan.table.to_dict('records'):
+        c = {k: v for k,v in plan.coefs(row).items() if v}
+        ts = [dict(ms, base=base)[k][row['name']] for k in c]
+        want = ts[0] if list(c.values())==[1] else reference(ts, list(c.values()), ts[0].dtype)
+        assert bits(got[row['name']])==bits(want), row
+    assert set(got)==set(base)
+
+@pytest.mark.parametrize('to', floats)
+def test_dtype(to, tmp_path):
+    "The result in a type that the user names; integers keep theirs"
+    ms = [model([(7, 5), (3,)], [torch.float32, torch.bfloat16], i) for i in (3, 3)]
+    got = load_task(merge(make_plan('standard', ms, heads=[]), ms, out=tmp_path/'out', dtype=to))
+    for k,v in ms[0].items(): assert bits(got[k])==bits(v.to(floats[to]) if v.is_floating_point() else v)
+    with pytest.raises(ValueError, match="'int8': choose 'float64'"):
+        merge(make_plan('standard', ms), ms, dtype='int8')
+
+def write_models(d, n=3, rows=400, shards=2, dtype=torch.bfloat16):
+    "Folders of sharded checkpoints"
+    for i,name in enumerate(['base','a','b']):
+        g = torch.Generator().manual_seed(i)
+        sd = {f'model.layers.{j}.mlp.weight': torch.randn(rows, 300, generator=g).to(dtype) for j in range(n)}
+        sd |= {'head.weight': torch.randn(3, 300, generator=g).to(dtype), 'norm.bias': torch.randn(300)}
+        (d/name).mkdir(parents=True)
+        keys = list(sd)
+        where = {k: f'model-{i % shards+1:05}-of-{shards:05}.safetensors' for i,k in enumerate(keys)}
+        for f in set(where.values()): save_file({k: sd[k] for k in keys if where[k]==f}, d/name/f)
+        (d/name/'model.safetensors.index.json').write_text(json.dumps(dict(weight_map=where)))
+        (d/name/'config.json').write_text(json.dumps(dict(name=name)))
+    return {k: d/k for k in 'ab'},d/'base'
+
+def all_bytes(d): return {o.relative_to(d).as_posix(): o.read_bytes() for o in d.rglob('*') if o.is_file()}
+
+def test_same_bytes_whoever_does_it(tmp_path):
+    "Workers, blocks read in another order, and Python's hash seed change no byte"
+    models,base = write_models(tmp_path)
+    seen = {}
+    for i,(workers,seed) in enumerate([(1, 0), (2, 1), (5, 2)]):
+        subprocess.run([scripts/'spectrum-merge', f"a={models['a']}", f"b={models['b']}", '--base', base,
+            '--strategy', 'snr_weighted', '--top', '70', '--out', tmp_path/str(i), '--workers', str(workers)],
+            check=True, capture_output=True, env=os.environ | dict(PYTHONHASHSEED=str(seed)))
+        seen[workers] = all_bytes(tmp_path/str(i))
+    assert seen[1]==seen[2]==seen[5]
+
+# --- killed, interrupted, disturbed
+
+slow = '''
+import sys, time
+from spectrum_merging import folder, stream
+from spectrum_merging.merge import merge
+from spectrum_merging.plan import make_plan
+stream.TASK, folder.FLUSH = 1<<12, 1<<16
+real = stream._run_task
+def slow(*a):
+    time.sleep(.01)
+    return real(*a)
+stream._run_task = slow
+d,out = sys.argv[1:]
+models,base = {k: f'{d}/{k}' for k in 'ab'},f'{d}/base'
+merge(make_plan('base_reset', models, base, threshold=0, of='weights'), models, base, out, n_workers=2)
+'''
+
+def test_kill_and_continue(tmp_path):
+    "kill -9 at 20 random moments: never a complete-looking folder; in the end the same bytes"
+    write_models(tmp_path/'in', n=6)
+    def start(out): return subprocess.Popen([sys.executable, '-c', slow, tmp_path/'in', out])
+    begun = time.time()
+    assert start(tmp_path/'whole').wait()==0
+    took,whole,rng = time.time()-begun,all_bytes(tmp_path/'whole'),random.Random(0)
+    kills,resumed,i,out,journal = 0,0,0,tmp_path/'out0',tmp_path/'.out0.partial/journal'
+    while kills<20:
+        p = start(out)
+        time.sleep(rng.uniform(.3, 1)*took)
+        p.send_signal(signal.SIGKILL)
+        kills += p.wait()==-9
+        resumed += journal.exists() and journal.read_text().count('\n')>1
+        if not out.exists(): continue
+        assert all_bytes(out)==whole
+        i += 1
+        out,journal = tmp_path/f'out{i}',tmp_path/f'.out{i}.partial/journal'
+    assert start(out).wait()==0 and all_bytes(out)==whole
+    assert resumed>=5
+    assert not journal.exists()
+
+@pytest.fixture
+def halfway(tmp_path):
+    "A merge that was interrupted before its last step, and how to continue it"
+    models,base = write_models(tmp_path/'in')
+    plan = make_plan('standard', models)
+    def go(**kw): return merge(plan, models, out=tmp_path/'out', **kw)
+    def stop(self): raise KeyboardInterrupt
+    with patch.object(folder.Partial, 'finish', stop), pytest.raises(KeyboardInterrupt): go()
+    return go,tmp_path,models
+
+def test_continues_without_reading_again(halfway):
+    go,d,_ = halfway
+    with patch.object(stream, '_run_task', lambda *a: pytest.fail('did it again')): go()
+    assert verify(d/'out', all=True).ok.all() and not (d/'.out.partial').exists()
+
+def test_other_settings_do_not_continue(halfway):
+    "An unfinished merge of something else is neither continued nor deleted"
+    go,d,models = halfway
+    before = all_bytes(d)
+    with pytest.raises(FileExistsError, match='unfinished merge of other inputs or settings.*delete'):
+        go(dtype='float32')
+    os.utime(models['a']/'model-00001-of-00002.safetensors', ns=(1, 1))
+    with pytest.raises(FileExistsError, match='other inputs'): go()
+    assert all_bytes(d)==before
+
+@pytest.mark.parametrize('damage', ['torn', 'empty', 'no journal', 'short file'])
+def test_damaged_journal(halfway, damage):
+    "A torn last line is a task not done; without a journal all starts again; a cut file is refused"
+    go,d,_ = halfway
+    journal,file = d/'.out.partial/journal',d/'.out.partial/data/model.safetensors'
+    lines = journal.read_text().splitlines(True)
+    if damage=='torn': journal.write_text(''.join(lines[:-1])+lines[-1][:5])
+    if damage=='empty': journal.write_text('')
+    if damage=='no journal': journal.unlink()
+    if damage=='short file':
+        os.truncate(file, 100)
+        with pytest.raises(FileExistsError, match='was changed since.*delete'): go()
+    else:
+        go()
+        assert verify(d/'out', all=True).ok.all()
+
+def test_two_at_once(halfway):
+    "The second of two processes that write one folder is told so"
+    import fcntl
+    go,d,_ = halfway
+    with open(d/'.out.partial/journal') as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        with pytest.raises(FileExistsError, match='another process'): go()
+    go()
+
+def test_foreign_folder_in_the_way(tmp_path):
+    models,_ = write_models(tmp_path/'in')
+    (tmp_path/'.out.partial').mkdir()
+    (tmp_path/'.out.partial/mine.txt').touch()
+    with pytest.raises(FileExistsError, match='in the way'):
+        merge(make_plan('standard', models), models, out=tmp_path/'out')
+    assert (tmp_path/'.out.partial/mine.txt').exists()
+
+def test_empty_folder_is_used(tmp_path):
+    models,_ = write_models(tmp_path/'in')
+    (tmp_path/'out').mkdir()
+    assert (merge(make_plan('standard', models), models, out=tmp_path/'out')/'merge.json').exists()
+
+def test_input_changes_meanwhile(tmp_path):
+    models,_ = write_models(tmp_path/'in')
+    real = folder.run_tasks
+    def meddle(*a):
+        real(*a)
+        os.utime(models['b']/'model-00001-of-00002.safetensors', ns=(1, 1))
+    with patch.object(folder, 'run_tasks', meddle), pytest.raises(ValueError, match='changed while'):
+        merge(make_plan('standard', models), models, out=tmp_path/'out')
+    assert [o.name for o in tmp_path.iterdir()]==['in']
+
+# --- bad input, as a user meets it
+
+def spoil(f, at, data):
+    with open(f, 'r+b') as o:
+        o.seek(at)
+        o.write(data)
+
+class Evil:
+    def __reduce__(self): return os.system, ('touch evil',)
+
+def cut(d): os.truncate(d/'a/model-00001-of-00002.safetensors', 5000)
+def header(d): spoil(d/'a/model-00001-of-00002.safetensors', 0, struct.pack('<Q', 1<<40))
+def lost(d): (d/'a/model-00002-of-00002.safetensors').unlink()
+def absent(d):
+    f = d/'a/model.safetensors.index.json'
+    where = json.loads(f.read_text())['weight_map']
+    f.write_text(json.dumps(dict(weight_map=where | {'nowhere.weight': 'model-00001-of-00002.safetensors'})))
+def evil(d):
+    shutil.rmtree(d/'a')
+    (d/'a').mkdir()
+    torch.save(dict(w=torch.ones(2), x=Evil()), d/'a/pytorch_model.bin')
+def full(d): pass
+def taken(d):
+    (d.parent/'out').mkdir()
+    (d.parent/'out/mine').touch()
+
+@pytest.mark.parametrize('spoiled,words', [(cut, ['model-00001', 'download']), (header, ['header', '1,099,511']),
+    (lost, ['missing shards: model-00002']), (absent, ['nowhere.weight']), (evil, ['run code', 'save_file']),
+    (full, ['File too large']), (taken, ['out', 'new folder'])], ids=lambda o: getattr(o, '__name__', ''))
+def test_errors(spoiled, words, tmp_path):
+    "One message, status not 0, nothing left behind, inputs untouched, no code run"
+    models,base = write_models(tmp_path/'in', rows=4000)
+    spoiled(tmp_path/'in')
+    before = all_bytes(tmp_path)
+    import resource
+    def limit():
+        if spoiled is full: resource.setrlimit(resource.RLIMIT_FSIZE, (1<<20, 1<<20))
+    p = subprocess.run([scripts/'spectrum-merge', models['a'], models['b'], '--out', tmp_path/'out'],
+        capture_output=True, text=True, cwd=tmp_path, preexec_fn=limit)
+    assert p.returncode and 'Traceback' not in p.stderr, p.stderr
+    assert [o for o in words if o not in p.stderr] == [], p.stderr
+    assert all_bytes(tmp_path)==before and not list(tmp_path.glob('.*'))
+
+@pytest.mark.parametrize('out', ['/proc/spectrum/out', '/dev/null/out'])
+def test_place_that_cannot_be_written(out, tmp_path):
+    models,_ = write_models(tmp_path/'in')
+    with pytest.raises(OSError): merge(make_plan('standard', models), models, out=out)
+
+def test_read_only_folder(tmp_path):
+    models,_ = write_models(tmp_path/'in')
+    (tmp_path/'ro').mkdir(mode=0o555)
+    if os.access(tmp_path/'ro', os.W_OK): pytest.skip('root writes everywhere')
+    with pytest.raises(PermissionError): merge(make_plan('standard', models), models, out=tmp_path/'ro/out')
+
+def test_full_disk(tmp_path):
+    "A file system of 1 MB"
+    models,_ = write_models(tmp_path/'in', rows=4000)
+    (tmp_path/'small').mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'none', tmp_path/'small'],
+            capture_output=True).returncode: pytest.skip('cannot mount')
+    try:
+        plan = make_plan('standard', models)
+        with pytest.raises(OSError, match='GB are free'): merge(plan, models, out=tmp_path/'small/out')
+        with patch.object(folder, 'out_problems', lambda *a: []), pytest.raises(OSError, match='No space'):
+            merge(plan, models, out=tmp_path/'small/out')
+        assert not list((tmp_path/'small').iterdir())
+    finally: subprocess.run(['umount', tmp_path/'small'], check=True)
+
+# --- what a folder says of itself
+
+def test_manifest_and_card(tmp_path):
+    models,base = write_models(tmp_path/'in')
+    out = merge(make_plan('base_reset', models, base, threshold=1e9, of='weights'), models, base,
+        tmp_path/'out', files_from='b', results='| task | accuracy |\n|---|---|\n| x | .9 |')
+    m = json.loads((out/'merge.json').read_text())
+    want = {o.name: hashlib.sha256(o.read_bytes()).hexdigest()
+        for o in models['a'].glob('*.safetensors')}
+    assert m['inputs']['a']['sha256']==want and set(m['inputs'])=={'a','b','base'}
+    with safe_open(out/'model.safetensors', 'pt') as f: meta = f.metadata()
+    assert json.loads(meta['inputs_sha256'])['a']==want and meta['format']=='pt'
+    assert json.loads(meta['plan'])['estimator']=='mp' and meta['plan_digest']==m['plan_digest']
+    assert json.loads((out/'config.json').read_text())==dict(name='b')
+    card = (out/'README.md').read_text()
+    assert all(o in card for o in ['base_reset', m['plan_digest'], '| x | .9 |', '| all base |', '`b`'])
+    with pytest.raises(ValueError, match="files_from is 'c': choose one of a, b"):
+        merge(make_plan('standard', models), models, out=tmp_path/'o2', files_from='c')
+
+@pytest.mark.parametrize('where', ['model.safetensors', 'heads/a.safetensors', 'plan.csv', 'config.json',
+    'merge.json', 'in/a/model-00001-of-00002.safetensors', 'in/b/model-00002-of-00002.safetensors'])
+def test_one_flipped_bit(where, tmp_path):
+    "Anywhere: header, first and last number, middle; also without making anything again"
+    models,_ = write_models(tmp_path/'in')
+    out = merge(make_plan('standard', models), models, out=tmp_path/'out')
+    assert verify(out).ok.all() and verify(out, all=True).ok.all()
+    file = tmp_path/where if where.startswith('in/') else out/where
+    whole = file.read_bytes()
+    rng = random.Random(where)
+    for at in {0, 8, len(whole)//2, len(whole)-1, *(rng.randrange(len(whole)) for _ in range(6))}:
+        data = bytearray(whole)
+        data[at] ^= 1 << rng.randrange(8)
+        file.write_bytes(data)
+        for kw in (dict(sample=0), dict(all=True)):
+            try: assert not verify(out, **kw).ok.all(), at
+            except ValueError: pass
+    file.write_bytes(whole)
+    assert verify(out, all=True).ok.all()
+
+def test_verify_command(tmp_path):
+    models,_ = write_models(tmp_path/'in')
+    out = merge(make_plan('standard', models), models, out=tmp_path/'out')
+    def run(*a): return subprocess.run([scripts/'spectrum-verify', *a], capture_output=True, text=True)
+    good = run(out, '--all')
+    assert good.returncode==0 and 'average of a, b' in good.stdout and 'made again' in good.stdout
+    shutil.move(models['a'], tmp_path/'moved')
+    gone = run(out)
+    assert gone.returncode and 'a is no longer at' in gone.stderr
+    assert run(out, f"a={tmp_path/'moved'}").returncode==0
+    spoil(out/'model.safetensors', 5000, b'\x12\x34')
+    bad = run(out, f"a={tmp_path/'moved'}")
+    assert bad.returncode and 'checks failed' in bad.stderr and 'Traceback' not in bad.stderr
+    assert 'no merge.json' in run(tmp_path).stderr
+
+def test_small_memory(tmp_path):
+    "Peak memory of the command is small and does not grow with the model"
+    peak = {}
+    for n in (3, 24):
+        models,_ = write_models(tmp_path/f'in{n}', n=n, rows=10_000)
+        code = '''import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)'''
+        peak[n] = int(subprocess.run([sys.executable, '-c', code, scripts/'spectrum-merge', models['a'],
+            models['b'], '--out', tmp_path/f'out{n}'], check=True, capture_output=True, text=True).stdout)
+        shutil.rmtree(tmp_path/f'in{n}')
+    assert peak[24] < 350_000 and abs(peak[24]/peak[3]-1) < .1, peak
+
+def test_scan_in_small_memory(tmp_path):
+    "A matrix of 256 MB in a file is measured in pieces"
+    g = torch.Generator().manual_seed(0)
+    big = torch.randn(160_000, 400, generator=g)
+    save_file(dict(w=big), tmp_path/'big.safetensors')
+    del big
+    code = f'''from spectrum_merging.scan import scan
+t = scan({str(tmp_path/'big.safetensors')!r}, progress=False)
+print(t.snr[0], t.n_spikes[0], *open('/proc/self/status').read().partition('VmHWM:')[2].split()[:1])'''
+    snr,spikes,peak = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True,
+        text=True).stdout.split()
+    assert float(snr) < .01 and int(peak) < 350_000
