@@ -25,25 +25,29 @@ class Matrix:
     "A matrix that is read in pieces along its longer side"
     def __init__(self,
         shape:tuple, # (rows, cols)
-        parts:list, # `(name, piece)`: the first minus the others; `piece(i, j)` is a new fp64 array (m, j−i)
+        parts:list, # `(name, piece)`: first minus others; `piece(i, j, 'f8')` is a new array (m, j−i)
         eps:float, # Relative precision of the stored numbers
     ):
         self.shape,self.parts,self.eps = shape,parts,eps
         self.m,self.n = sorted(shape)
 
-    def __iter__(self):
+    @property
+    def is_single(self): return len(self.parts)==1 and self.eps >= 2**-23
+
+    def pieces(self, kind='f8'):
+        "New arrays (m, …), one after the other along the long side, in fp64 or ('f4') in fp32"
         step = max(1, PIECE//self.m)
         for i in range(0, self.n, step):
             ends = i,min(i+step, self.n)
             (_,first),*rest = self.parts
-            Y = first(*ends)
-            for _,piece in rest: Y -= piece(*ends)
+            Y = first(*ends, kind)
+            for _,piece in rest: Y -= piece(*ends, kind)
             yield Y
 
     def check(self):
         "Raise `ValueError` where a part holds a NaN or an Inf"
         for name,piece in self.parts:
-            Ys = [piece(i, i+1) for i in range(self.n)]
+            Ys = [piece(i, i+1, 'f8') for i in range(self.n)]
             nan,bad = (sum(int(f(Y).sum()) for Y in Ys) for f in (np.isnan, lambda Y: ~np.isfinite(Y)))
             if bad:
                 raise ValueError(f"{name} holds {nan} NaN and {bad-nan} Inf among {self.m*self.n} "
@@ -53,10 +57,11 @@ class Matrix:
 def _pieces(W, tall):
     "`piece(i, j)` of a tensor or array in memory"
     A = W.detach().flatten(1).cpu() if hasattr(W, 'detach') else W.reshape(len(W), -1)
-    def fp64(A):
-        if not hasattr(A, 'detach'): return np.array(A, 'f8')
-        return A.to(sys.modules['torch'].float64, copy=True).numpy()
-    return (lambda i, j: fp64(A[i:j]).T) if tall else (lambda i, j: fp64(A[:,i:j]))
+    if hasattr(A, 'detach') and str(A.dtype) in ('torch.float64', 'torch.float32', 'torch.float16'):
+        A = A.numpy()
+    def new(A, kind): return np.array(A.double().numpy() if hasattr(A, 'detach') else A, kind)
+    if tall: return lambda i, j, kind: new(A[i:j], kind).T
+    return lambda i, j, kind: new(A[:,i:j], kind)
 
 def matrix(
     W, # Tensor, array or nested list with ≥ 2 dimensions, any float dtype
@@ -82,7 +87,7 @@ def as_matrix(
 ) -> np.ndarray: # (rows, cols), fp64
     "`W` as a finite fp64 array. Raises `ValueError` (shape, NaN, Inf) or `TypeError` (dtype)"
     M = matrix(W, name)
-    A = np.concatenate(list(M), 1)
+    A = np.concatenate(list(M.pieces()), 1)
     if not np.isfinite(A).all(): M.check()
     return A if M.shape[0]<=M.shape[1] else A.T
 
@@ -229,25 +234,30 @@ class Spectrum:
     def beta(self): return self.m/self.n
 
 # %% ../nbs/00_spectrum.ipynb #0000002c
-def _products(M, shift, unit):
-    "Products (m, m) and row sums (m,) of `(M−shift)/unit`"
-    G,s = 0.,0.
-    for Y in M:
+def _products(M, shift=0., unit=1., kind='f8'):
+    "Products (m, m) and row sums (m,) of `(M−shift)/unit`, those of each piece in `kind`, summed in fp64"
+    G,s = None,0.
+    for Y in M.pieces(kind):
         if shift: Y -= shift
         if unit!=1: Y /= unit
-        G,s = G + Y@Y.T,s + Y@np.ones(Y.shape[1])
+        if G is None: G = (Y@Y.T).astype('f8', copy=False)
+        else: G += Y@Y.T
+        s = s + (Y@np.ones(Y.shape[1], kind)).astype('f8')
     return G,s
 
 def gram(
     M:Matrix, # From `matrix`
     centre:bool=True, # Subtract the mean of all entries
+    single:bool=False, # Multiply within pieces in fp32
 ) -> tuple[np.ndarray, float, float]: # `(m, m)` products of `M/unit`, unit, mean of `M`
     "Products of all rows of the smaller side, in a unit in which they fit. Raises `ValueError` (NaN, Inf)"
     shift,unit,size = 0.,1.,M.m*M.n
-    with np.errstate(over='ignore', invalid='ignore'): G,s = _products(M, 0., 1.)
-    if not np.isfinite(s).all(): M.check()
+    with np.errstate(over='ignore', invalid='ignore'):
+        G,s = _products(M, kind='f4' if single else 'f8')
+        if not np.isfinite(s).all(): M.check()
+        if single and not 1e-20 < np.trace(G)/size < 1e20: G,s = _products(M)
     if not 1e-200 < np.trace(G)/size < 1e200:
-        unit = max(float(abs(Y).max()) for Y in M) or 1.
+        unit = max(float(abs(Y).max()) for Y in M.pieces()) or 1.
         G,s = _products(M, 0., unit)
     off = float(s.sum())/size
     if centre and off*off > 1e-3*np.trace(G)/size: # the mean is large: take it off before, not after
@@ -256,7 +266,9 @@ def gram(
         off = float(s.sum())/size
     mean = shift+unit*off
     if not centre: return G,unit,mean
-    G -= off*(s[:,None]+s) - off*off*M.n
+    part = off*s - off*off*M.n/2
+    G -= part[:,None]
+    G -= part
     if np.trace(G)/size*unit*unit <= (1e-14*mean)**2: G[:] = 0
     return G,unit,mean
 
@@ -276,8 +288,11 @@ def spectrum(
     "Measure one matrix against the Marchenko–Pastur law. Raises what `as_matrix` raises"
     M = matrix(W, name)
     m,n = M.m,M.n
-    G,unit,_ = gram(M)
+    G,unit,_ = gram(M, single=M.is_single)
     e = _eigvals(G)/n
+    if M.is_single and e[0] > 1e4*np.median(e): # fp32 is too coarse for the noise under such spikes
+        G,unit,_ = gram(M)
+        e = _eigvals(G)/n
     var,edge,r = noise_level(e, m, n, alpha,
         floor=max(M.eps**2/12*e.mean(), np.finfo(float).eps*e[0]))
     k = int((e > edge).sum())

@@ -259,8 +259,8 @@ def test_empty_folder_is_used(tmp_path):
 def test_input_changes_meanwhile(tmp_path):
     models,_ = write_models(tmp_path/'in')
     real = folder.run_tasks
-    def meddle(*a):
-        real(*a)
+    def meddle(*a, **kw):
+        real(*a, **kw)
         os.utime(models['b']/'model-00001-of-00002.safetensors', ns=(1, 1))
     with patch.object(folder, 'run_tasks', meddle), pytest.raises(ValueError, match='changed while'):
         merge(make_plan('standard', models), models, out=tmp_path/'out')
