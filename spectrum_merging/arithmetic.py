@@ -89,7 +89,7 @@ def _to_float16(acc, tmp, out):
     np.copyto(out, u, casting='unsafe')
 
 def _round(acc, dtype, tmp, out, clean=False):
-    "Round `acc` to `dtype`; False where a value is NaN (in `clean` ones without low bits) or too large"
+    "Round `acc` to `dtype`; False if any is NaN (in `clean` ones without low bits) or too large"
     wide = 'float64' if acc.itemsize==8 else 'float32'
     if dtype not in _not_finite:
         np.copyto(out, acc!=0 if dtype=='bool' else acc, casting='unsafe')

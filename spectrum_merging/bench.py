@@ -10,7 +10,7 @@ __all__ = ['sizes', 'llama_config', 'make_llama', 'watched', 'machine', 'bench_e
 
 # %% ../nbs/92_bench.ipynb #00000003
 import json, numpy as np, os, pandas as pd, platform, shutil, statistics, subprocess, sys, time
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,8 @@ from .checkpoint import Checkpoint, n_cores
 from .folder import write_json
 
 # %% ../nbs/92_bench.ipynb #00000006
-sizes = {.1: (768, 2048, 8000), 1.5: (2048, 5632, 32000), 6: (4096, 11008, 32000)} # GB: hidden, MLP, vocabulary
+sizes = {.1: (768, 2048, 8000), 1.5: (2048, 5632, 32000), # GB: hidden, MLP, vocabulary
+    6: (4096, 11008, 32000)}
 
 def llama_config(
     gigabytes:float, # One of `sizes`, or smaller for a test
@@ -29,9 +30,9 @@ def llama_config(
     hidden,mlp,vocab = sizes.get(gigabytes, (128, 352, 500))
     layer = 2*hidden*hidden*5//4+3*hidden*mlp
     n = max(1, round((gigabytes*1e9/2-2*vocab*hidden)/layer))
-    return LlamaConfig(hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=n, vocab_size=vocab,
-        num_attention_heads=hidden//64, num_key_value_heads=hidden//256 or 1, tie_word_embeddings=False,
-        dtype='bfloat16')
+    return LlamaConfig(hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=n,
+        vocab_size=vocab, num_attention_heads=hidden//64, num_key_value_heads=hidden//256 or 1,
+        tie_word_embeddings=False, dtype='bfloat16')
 
 # %% ../nbs/92_bench.ipynb #00000007
 def make_llama(
@@ -45,7 +46,8 @@ def make_llama(
     from safetensors.torch import save_file
     from transformers import LlamaForCausalLM
     folder,config = Path(folder),llama_config(gigabytes)
-    with torch.device('meta'): shapes = {k: v.shape for k,v in LlamaForCausalLM(config).state_dict().items()}
+    with torch.device('meta'):
+        shapes = {k: v.shape for k,v in LlamaForCausalLM(config).state_dict().items()}
     g = torch.Generator().manual_seed(seed)
     folder.mkdir(parents=True)
     per,groups,full = sum(v.numel() for v in shapes.values())/shards,[[]],0
@@ -53,11 +55,14 @@ def make_llama(
         if full > per*len(groups) and len(groups)<shards: groups.append([])
         groups[-1].append(k)
         full += s.numel()
-    where = {k: f'model-{i+1:05}-of-{len(groups):05}.safetensors' for i,ks in enumerate(groups) for k in ks}
+    where = {k: f'model-{i+1:05}-of-{len(groups):05}.safetensors'
+        for i,ks in enumerate(groups) for k in ks}
     for ks in groups:
-        sd = {k: torch.empty(shapes[k], dtype=torch.bfloat16).normal_(0, .02, generator=g) for k in ks}
+        sd = {k: torch.empty(shapes[k], dtype=torch.bfloat16).normal_(0, .02, generator=g)
+            for k in ks}
         save_file(sd, folder/where[ks[0]], dict(format='pt'))
-    write_json(folder/'model.safetensors.index.json', dict(metadata=dict(total_size=full*2), weight_map=where))
+    write_json(folder/'model.safetensors.index.json',
+        dict(metadata=dict(total_size=full*2), weight_map=where))
     config.architectures = ['LlamaForCausalLM']
     config.save_pretrained(folder)
     return folder
@@ -68,13 +73,15 @@ t = time.perf_counter()
 p = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 t = time.perf_counter()-t
 if p.returncode: sys.exit(p.stdout.decode()[-2000:])
-print(json.dumps([t, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss/1024, p.stdout.decode()[-200:]]))"""
+print(json.dumps([t, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss/1024, \
+p.stdout.decode()[-200:]]))"""
 
 def watched(
     cmd:list, # Command and arguments
 ) -> tuple[float, float, str]: # Seconds, peak resident memory in MiB, end of its output
     "Run a command. Raises `RuntimeError` where it fails"
-    p = subprocess.run([sys.executable, '-c', _watch, *map(str, cmd)], capture_output=True, text=True)
+    p = subprocess.run([sys.executable, '-c', _watch, *map(str, cmd)], capture_output=True,
+        text=True)
     if p.returncode: raise RuntimeError(f"{cmd[0]} failed: {p.stderr[-2000:]}")
     return tuple(json.loads(p.stdout))
 
@@ -83,10 +90,13 @@ def machine() -> str:
     "Processor, cores, memory and versions, for a caption"
     cpu = platform.processor() or platform.machine()
     if Path('/proc/cpuinfo').is_file():
-        lines = [o for o in Path('/proc/cpuinfo').read_text().splitlines() if o.startswith('model name')]
+        lines = [o for o in Path('/proc/cpuinfo').read_text().splitlines()
+            if o.startswith('model name')]
         cpu = lines[0].partition(':')[2].strip() if lines else cpu
-    ram = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')/2**30 if hasattr(os, 'sysconf') else 0
-    return f"{cpu}, {n_cores()} cores, {ram:.0f} GiB, Python {platform.python_version()}, NumPy {np.__version__}"
+    ram = (os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')/2**30
+        if hasattr(os, 'sysconf') else 0)
+    return (f"{cpu}, {n_cores()} cores, {ram:.0f} GiB, Python {platform.python_version()}, "
+        f"NumPy {np.__version__}")
 
 # %% ../nbs/92_bench.ipynb #0000000f
 _floor = """import os, sys, time
@@ -117,7 +127,7 @@ merge(plan, models, base, sys.argv[5])
 print(time.perf_counter()-t)"""
 
 def _plans(d, models, base):
-    "Plans of the three strategies; which layers pass is drawn at random, since only speed is measured"
+    "Plans of the three strategies; which layers pass is random, since only speed is measured"
     from spectrum_merging.plan import make_plan
     infos,rng = Checkpoint(models['a']).infos,np.random.default_rng(0)
     names = [k for k,o in infos.items() if len(o.shape)==2]
@@ -134,7 +144,8 @@ def _contestants(d, models, base, script, others):
         for n in sorted({1, n_cores()})}
     for s,plan in _plans(d, models, base):
         name = s if s!='standard' else 'linear'
-        res[f'{name}, merging alone'] = ([py, '-c', _alone, plan, models['a'], models['b'], base, d/'out'], True)
+        res[f'{name}, merging alone'] = (
+            [py, '-c', _alone, plan, models['a'], models['b'], base, d/'out'], True)
     res['linear, spectrum-merge'] = ([script/'spectrum-merge', *both, '--out', d/'out'], False)
     if others and find_spec('mergekit'):
         config = dict(merge_method='linear', dtype='bfloat16',
@@ -153,7 +164,7 @@ def bench_engine(
     repeats:int=5, # How often each contestant runs, in turn, after one round that is not counted
     folder=None, # Where the files go; a temporary folder by default
     others:bool=True, # Run other tools too, where they are installed
-) -> pd.DataFrame: # Contestant, median seconds, spread, peak MiB, ratios to mergekit and to the floor
+) -> pd.DataFrame: # Contestant, median seconds, spread, peak MiB, ratios to mergekit and the floor
     "Merge two models by every engine at hand, side by side"
     with TemporaryDirectory(dir=folder) as d:
         d,script = Path(d),Path(sys.executable).parent
@@ -163,18 +174,19 @@ def bench_engine(
         took,peak = {k: [] for k in runs},{}
         for i in range(repeats+1):
             names = list(runs)
-            for k in names[i % len(names):]+names[:i % len(names)]: # nobody always comes after the same
+            for k in names[i % len(names):]+names[:i % len(names)]: # nobody always follows the same
                 cmd,own = runs[k]
                 _clear(d/'out')
                 t,mib,text = watched(cmd)
                 if i: took[k].append(float(text.split()[-1]) if own else t)
                 peak[k] = max(mib, peak.get(k, 0))
-    res = pd.DataFrame([dict(contestant=k, seconds=statistics.median(v), fastest=min(v), slowest=max(v),
-        MiB=peak[k]) for k,v in took.items()])
+    res = pd.DataFrame([dict(contestant=k, seconds=statistics.median(v), fastest=min(v),
+        slowest=max(v), MiB=peak[k]) for k,v in took.items()])
     def against(name):
         if name not in took: return np.nan
         return [statistics.median(a/b for a,b in zip(took[k], took[name])) for k in took]
-    return res.assign(to_mergekit=against('linear, mergekit-yaml'), to_floor=against('copy floor, 1 thread'))
+    return res.assign(to_mergekit=against('linear, mergekit-yaml'),
+        to_floor=against('copy floor, 1 thread'))
 
 # %% ../nbs/92_bench.ipynb #00000014
 def bench_memory(
@@ -186,7 +198,8 @@ def bench_memory(
     for gb in gigabytes:
         with TemporaryDirectory(dir=folder) as d:
             a,b = (make_llama(Path(d)/m, gb, i) for i,m in enumerate('ab'))
-            t,mib,_ = watched([Path(sys.executable).parent/'spectrum-merge', a, b, '--out', Path(d)/'out'])
+            t,mib,_ = watched([Path(sys.executable).parent/'spectrum-merge', a, b,
+                '--out', Path(d)/'out'])
             rows.append(dict(gigabytes=sum(o.stat().st_size for o in a.glob('*.safetensors'))/1e9,
                 seconds=t, MiB=mib))
     return pd.DataFrame(rows)
@@ -199,7 +212,8 @@ def bert_matrices(
 ) -> dict: # `{name: tensor}`
     "Matrices of the shapes of a BERT encoder"
     import torch
-    g,shapes = torch.Generator().manual_seed(seed),dict.fromkeys(['query','key','value','output'], (hidden, hidden))
+    g,shapes = torch.Generator().manual_seed(seed),dict.fromkeys(
+        ['query','key','value','output'], (hidden, hidden))
     shapes |= dict(up=(4*hidden, hidden), down=(hidden, 4*hidden))
     return {f'layer.{i}.{k}.weight': .04*torch.randn(s, generator=g) for i in range(layers)
         for k,s in shapes.items()}
@@ -211,16 +225,16 @@ def _svdvals(sd):
 def _gram(sd):
     from spectrum_merging.scan import map_single_threaded
     from spectrum_merging.spectrum import gram_eigs
-    list(map_single_threaded(lambda W: gram_eigs(W.double()), sorted(sd.values(), key=lambda W: -W.numel()),
-        n_cores()))
+    list(map_single_threaded(lambda W: gram_eigs(W.double()),
+        sorted(sd.values(), key=lambda W: -W.numel()), n_cores()))
 
 def _weightwatcher(sd):
     import logging, torch
-    with redirect_stdout(StringIO()): import weightwatcher as ww
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()): import weightwatcher as ww
     logging.getLogger(ww.__name__).setLevel(logging.ERROR)
     m = torch.nn.Sequential(*[torch.nn.Linear(*W.shape[::-1], bias=False) for W in sd.values()])
     m.load_state_dict({f'{i}.weight': W for i,W in enumerate(sd.values())})
-    with redirect_stdout(StringIO()):
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         ww.WeightWatcher(model=m).analyze(mp_fit=True, plot=False, randomize=False)
 
 # %% ../nbs/92_bench.ipynb #00000018
@@ -236,15 +250,17 @@ def bench_scan(
     one = {k: W for k,W in sd.items() if k.startswith('layer.0.')}
     runs = {'scan': lambda: scan(sd, progress=False), 'Gram + eigvalsh alone': lambda: _gram(sd),
         'svdvals, layer by layer': lambda: _svdvals(sd)}
-    if others and find_spec('weightwatcher'): runs[f'WeightWatcher, MP fit (1 layer × {layers})'] = lambda: _weightwatcher(one)
+    if others and find_spec('weightwatcher'):
+        runs[f'WeightWatcher, MP fit (1 layer × {layers})'] = lambda: _weightwatcher(one)
     took = {k: [] for k in runs}
     for i in range(repeats+1):
         for k,f in runs.items():
             t = time.perf_counter()
             f()
             if i: took[k].append((time.perf_counter()-t)*(layers if '×' in k else 1))
-    return pd.DataFrame([dict(contestant=k, seconds=statistics.median(v), fastest=min(v), slowest=max(v),
-        to_scan=statistics.median(a/b for a,b in zip(v, took['scan']))) for k,v in took.items()])
+    return pd.DataFrame([dict(contestant=k, seconds=statistics.median(v), fastest=min(v),
+        slowest=max(v), to_scan=statistics.median(a/b for a,b in zip(v, took['scan'])))
+        for k,v in took.items()])
 
 # %% ../nbs/92_bench.ipynb #00000019
 def bench_scan_memory(
@@ -254,6 +270,8 @@ def bench_scan_memory(
     "Peak memory of `spectrum-scan`"
     with TemporaryDirectory(dir=folder) as d:
         a = make_llama(Path(d)/'a', gigabytes, 0)
-        t,mib,_ = watched([Path(sys.executable).parent/'spectrum-scan', a, '--out', Path(d)/'scan.csv'])
-        return pd.DataFrame([dict(gigabytes=sum(o.stat().st_size for o in a.glob('*.safetensors'))/1e9,
+        t,mib,_ = watched([Path(sys.executable).parent/'spectrum-scan', a,
+            '--out', Path(d)/'scan.csv'])
+        return pd.DataFrame([dict(
+            gigabytes=sum(o.stat().st_size for o in a.glob('*.safetensors'))/1e9,
             seconds=t, MiB=mib)])

@@ -27,7 +27,7 @@ _bits = dict(float64=64, float32=32, float16=16, bfloat16=16, float8_e4m3fn=8, f
 class TensorInfo:
     "Shape and type of a tensor that has not been read"
     shape:tuple # Dimensions
-    dtype:str # Element type: 'float32', 'bfloat16', 'int64', … (a `torch.dtype` is turned into that)
+    dtype:str # Element type: 'float32', 'bfloat16', 'int64', … (a `torch.dtype` is turned into it)
 
     def __post_init__(self):
         object.__setattr__(self, 'dtype', str(self.dtype).removeprefix('torch.'))
@@ -43,7 +43,7 @@ class TensorInfo:
 
 codes = dict(F64='float64', F32='float32', F16='float16', BF16='bfloat16', F8_E4M3='float8_e4m3fn',
     F8_E5M2='float8_e5m2', I64='int64', I32='int32', I16='int16', I8='int8', U64='uint64',
-    U32='uint32', U16='uint16', U8='uint8', BOOL='bool', C64='complex64') # As safetensors names them
+    U32='uint32', U16='uint16', U8='uint8', BOOL='bool', C64='complex64') # As named in safetensors
 
 # %% ../nbs/10_checkpoint.ipynb #00000009
 class _File:
@@ -238,8 +238,8 @@ def _open_folder(d):
     for suffixes in (['.safetensors'], ['.bin', '.pt', '.pth']):
         index = [o for o in d.glob('*.index.json') if o.name[:-11].endswith(tuple(suffixes))]
         if len(index)==1: return _open_shards(index[0])
-        files = sorted(o for o in d.iterdir() if o.suffix in suffixes
-            and o.name not in ('training_args.bin', 'optimizer.pt', 'scheduler.pt', 'rng_state.pth'))
+        files = sorted(o for o in d.iterdir() if o.suffix in suffixes and o.name not in
+            ('training_args.bin', 'optimizer.pt', 'scheduler.pt', 'rng_state.pth'))
         if len(files)==1: return _open_one(files[0])
         if files:
             raise FileNotFoundError(f"{d} holds {len(files)} {suffixes[0][1:]} files and no "
@@ -248,10 +248,13 @@ def _open_folder(d):
 
 # %% ../nbs/10_checkpoint.ipynb #0000000f
 def _download(src):
-    "Folder of the hub repository `src`"
+    "Folder of the hub repository `src`, 'org/name' or 'org/name@revision'"
     from huggingface_hub import snapshot_download
     wanted = ['*.safetensors', '*.json', '*.txt', '*.model', '*.jinja', '*.py']
-    def get(patterns): return Path(snapshot_download(src, allow_patterns=patterns))
+    repo,_,revision = src.partition('@')
+    def get(patterns):
+        pin = dict(revision=revision) if revision else {}
+        return Path(snapshot_download(repo, allow_patterns=patterns, **pin))
     try:
         folder = get(wanted)
         return folder if any(folder.glob('*.safetensors')) else get(wanted+['*.bin'])
@@ -283,7 +286,7 @@ class Checkpoint:
     def __init__(self,
         src, # Module, mapping, file of weights, shard index, folder, hub id or `Checkpoint`
     ):
-        "Open `src`. Raises `FileNotFoundError`, `TypeError`, `ValueError` (broken, runs code, empty)"
+        "Open it. Raises `FileNotFoundError`, `TypeError`, `ValueError` (broken, runs code, empty)"
         self.aliases = {} # Tied tensors: `{name: first name}`
         self.label,self.folder = type(src).__name__,None # For messages; where the config files lie
         if isinstance(src, Checkpoint): self.__dict__.update(src.__dict__)

@@ -86,7 +86,7 @@ def merge_cli(
     files_from:str=None, # Model whose configuration and tokenizer are taken; the first by default
     workers:int=None, # Threads; by default one per core
 ):
-    "Merge models by the signal-to-noise ratio of their layers; the same command continues an interrupted merge"
+    "Merge models by the signal-to-noise ratio of their layers; if interrupted, rerun to continue"
     shard_size = _bytes(shard_size)
     from spectrum_merging.merge import check_out, merge
     check_out(out)
@@ -110,13 +110,13 @@ def merge_cli(
 @_says_errors
 def verify_cli(
     out:str, # Folder that spectrum-merge wrote
-    models:Annotated[str, "Where inputs are now, each NAME=PATH (base=PATH too), if they were moved",
-        dict(nargs='*', opt=False)]=(),
+    models:Annotated[str, "Where inputs are now, each NAME=PATH (base=PATH too), "
+        "if they were moved", dict(nargs='*', opt=False)]=(),
     all:bool=False, # Make every tensor again instead of a sample
     sample:int=16, # How many tensors to make again
     workers:int=None, # Threads; by default one per core
 ):
-    "Whether a merged folder is what it says: hash the inputs, make tensors again, compare every bit"
+    "Whether a merged folder is what it says: hash inputs, make tensors again, compare every bit"
     from spectrum_merging.verify import verify
     given = _named(models or [])
     if given and not isinstance(given, dict): raise ValueError(f"name the inputs: NAME={given[0]}")
@@ -135,7 +135,8 @@ def verify_cli(
 @call_parse
 @_says_errors
 def bench_cli(
-    what:Annotated[str, "What to measure", dict(choices=['engine','memory','scan','scan-memory','all'])],
+    what:Annotated[str, "What to measure",
+        dict(choices=['engine','memory','scan','scan-memory','all'])],
     gigabytes:float=1.5, # Size of each model: 0.1, 1.5 or 6
     repeats:int=5, # How often each contestant runs
     folder:str=None, # Where the files go (12 GB for 'engine'); a temporary folder by default
@@ -146,7 +147,8 @@ def bench_cli(
     from spectrum_merging import bench as b
     if out and Path(out).exists(): raise FileExistsError(f"{out} exists: choose a new folder")
     runs = {'engine': lambda: b.bench_engine(gigabytes, repeats, folder),
-        'memory': lambda: b.bench_memory(folder=folder), 'scan': lambda: b.bench_scan(repeats=repeats),
+        'memory': lambda: b.bench_memory(folder=folder),
+        'scan': lambda: b.bench_scan(repeats=repeats),
         'scan-memory': lambda: b.bench_scan_memory(gigabytes, folder)}
     print(b.machine())
     for k,f in runs.items():

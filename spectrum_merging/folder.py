@@ -82,8 +82,8 @@ class Partial:
         if not rest or not first or not self.data.is_dir(): return None
         if first!=self.job:
             self.journal.close()
-            raise FileExistsError(f"{self.root} holds an unfinished merge of other inputs or settings: "
-                "repeat that merge to finish it, or delete the folder")
+            raise FileExistsError(f"{self.root} holds an unfinished merge of other inputs or "
+                "settings: repeat that merge to finish it, or delete the folder")
         lines = [re.fullmatch(r'(\d+) ([0-9a-f]{16})', o) for o in rest[:-1]]
         return {int(m[1]): int(m[2], 16) for m in lines if m}
 
@@ -101,10 +101,11 @@ class Partial:
         file = self.data/path
         file.parent.mkdir(exist_ok=True)
         fresh = not file.exists() or file.stat().st_size!=nbytes
-        fd = self.fds[path] = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, 'O_BINARY', 0), 0o644)
+        fd = self.fds[path] = os.open(file,
+            os.O_RDWR | os.O_CREAT | getattr(os, 'O_BINARY', 0), 0o644)
         if fresh and self.done:
-            raise FileExistsError(f"{file} was changed since the merge was interrupted: "
-                f"delete {self.root} and merge again")
+            raise ValueError(f"{file} was changed since the merge was interrupted: "
+                "what was left of it is deleted, merge again")
         if fresh and nbytes:
             if hasattr(os, 'posix_fallocate'): os.posix_fallocate(fd, 0, nbytes)
             else: os.ftruncate(fd, nbytes)
@@ -187,11 +188,12 @@ def _small_files(folder):
         and o.suffix in ('.json','.txt','.model','.jinja','.py') and o.stat().st_size < 50_000_000]
 
 def _source(ckpt):
-    "Where a model lies, so that it can be opened again"
-    path = Path(ckpt.label).expanduser()
+    "Where a model lies, so that it can be opened again: a path, or a hub id with its revision"
+    path,name = Path(ckpt.label).expanduser(),ckpt.label.partition('@')[0]
+    if not ckpt.files: return dict(source=None)
+    if path.exists(): return dict(source=str(path.absolute()))
     revision = re.search(r'/snapshots/([0-9a-f]{40})(?:/|$)', str(ckpt.folder or ''))
-    return dict(source=(str(path.absolute()) if path.exists() else ckpt.label) if ckpt.files else None,
-        **(dict(revision=revision[1]) if revision else {}))
+    return dict(source=f'{name}@{revision[1]}' if revision else ckpt.label)
 
 def fingerprint(
     sources:dict, # `{name: Checkpoint}`
@@ -266,7 +268,8 @@ def _write_heads(data, files, models):
     body = {f'../../{o.path}': o.rows for o in files if not o.path.startswith('heads/')}
     for o in files:
         task = Path(o.path).stem
-        if not o.path.startswith('heads/') or not (small := _small_files(models[task].folder)): continue
+        if not o.path.startswith('heads/') or not (small := _small_files(models[task].folder)):
+            continue
         (data/'heads'/task).mkdir(exist_ok=True)
         for p in small: shutil.copyfile(p, data/'heads'/task/p.name)
         write_json(data/'heads'/task/'model.safetensors.index.json',
@@ -279,7 +282,8 @@ def card(
     results:str='', # Markdown with results
 ) -> str: # Markdown
     "Model card: what the model was made from, and how"
-    ids = [o for o in (_source(s).get('source') for s in sources.values()) if o and not Path(o).exists()]
+    ids = [o for o in (_source(s).get('source') for s in sources.values())
+        if o and not Path(o).exists()]
     head = ''.join(f'\n- {o}' for o in ids)
     counts = plan.table.apply(lambda r: mixture(plan.coefs(r)), axis=1).value_counts()
     how = ', '.join(f'{k} {v}' for k,v in plan.meta.items()
@@ -287,10 +291,12 @@ def card(
     return '\n'.join(['---', 'tags:\n- merge\n- spectrum-merging']
         + (['base_model:'+head] if ids else []) + ['---', '', '# Merged model', '',
         f"Made by spectrum-merging {__version__} from:", '']
-        + [f"- `{m}`: {Path(o.label).name if o.files else 'weights in memory'}" for m,o in sources.items()]
-        + ['', f"Plan `{plan.digest}` ({how}); configuration and tokenizer are those of `{files_from}`. "
-        'What each tensor was made from is in `plan.csv`, hashes are in `merge.json`; '
-        '`spectrum-verify` makes the tensors again and compares.', '', '| tensors | are |', '|---|---|']
+        + [f"- `{m}`: {Path(o.label).name if o.files else 'weights in memory'}"
+            for m,o in sources.items()]
+        + ['', f"Plan `{plan.digest}` ({how}); configuration and tokenizer are those of "
+        f"`{files_from}`. What each tensor was made from is in `plan.csv`, hashes are in "
+        '`merge.json`; `spectrum-verify` makes the tensors again and compares.',
+        '', '| tensors | are |', '|---|---|']
         + [f'| {n} | {k} |' for k,n in counts.items()]
         + ['', '## Results', '', results or 'Not evaluated yet.', ''])
 
@@ -321,7 +327,7 @@ def _fill(part, files, heads, todo, sources, n_workers, progress):
     with bar:
         bar.update(sum(size(todo[i]) for i in part.done))
         run_tasks([t for i,t in enumerate(todo) if i not in part.done], sources, write,
-            n_workers or 2*n_cores(), done, fork=True, forked=part.in_child) # half wait for the disk
+            n_workers or 2*n_cores(), done, fork=True, forked=part.in_child) # half wait for disk
     return fresh
 
 def _checksums(todo, done):
@@ -344,7 +350,8 @@ def _finish(part, plan, files, sums, sources, hashes, files_from, results, setti
     small = [o for o in sorted(data.rglob('*')) if o.is_file() and o.suffix!='.safetensors'
         and o.name not in ('README.md', 'merge.json')]
     manifest = dict(made_by=_me, plan_digest=plan.digest, plan=plan.meta,
-        **settings, tied=tied(plan, models[plan.models[0]]), inputs={m: _source(o) | dict(sha256=hashes[m]) for m,o in sources.items()},
+        **settings, tied=tied(plan, models[plan.models[0]]),
+        inputs={m: _source(o) | dict(sha256=hashes[m]) for m,o in sources.items()},
         outputs={o.path: dict(nbytes=len(o.header(meta))+o.nbytes,
             header_sha256=hashlib.sha256(o.header(meta)).hexdigest(),
             checksums={r.key: f'{sums.get(r.name, 0):016x}' for r in o.rows}) for o in files},
@@ -373,8 +380,9 @@ def write_folder(
     files,todo = outputs(rows, shard_size),tasks(rows)
     heads = {o.path: len(o.header(metadata(plan, sources, None))) for o in files}
     settings = settings | dict(shard_size=shard_size, files_from=files_from)
-    job = dict(version=__version__, plan=plan.digest, meta=plan.meta, settings=settings, block=[BLOCK, TASK],
-        rows=[[r.name, r.info.dtype] for r in rows], inputs=fingerprint(sources))
+    job = dict(version=__version__, plan=plan.digest, meta=plan.meta, settings=settings,
+        block=[BLOCK, TASK], rows=[[r.name, r.info.dtype] for r in rows],
+        inputs=fingerprint(sources))
     part = Partial(out, hashlib.sha256(json.dumps(job).encode()).hexdigest())
     try:
         if not part.done and (bad := out_problems(out, sum(o.nbytes for o in files))):
@@ -389,8 +397,8 @@ def write_folder(
             hashes = hashes.result()
         if any(o.files and fingerprint({m: o})[m]!=job['inputs'][m] for m,o in sources.items()):
             raise ValueError("an input file changed while it was being merged: merge again")
-        _finish(part, plan, files, _checksums(todo, part.done), sources, hashes, files_from, results,
-            settings)
+        _finish(part, plan, files, _checksums(todo, part.done), sources, hashes, files_from,
+            results, settings)
     except KeyboardInterrupt:
         part.close()
         raise

@@ -46,8 +46,8 @@ def to_mergekit(
     rows = plan.table[~plan.table.name.str.contains('@')].to_dict('records')
     heads = sorted({o.partition('@')[2] for o in plan.table.name if '@' in o})
     if heads and task not in heads:
-        raise ValueError(f"task is {task!r}: mergekit writes one model, and the plan keeps heads of "
-            f"{', '.join(heads)}; choose one, or make the plan with heads=[]")
+        raise ValueError(f"task is {task!r}: mergekit writes one model, and the plan keeps heads "
+            f"of {', '.join(heads)}; choose one, or make the plan with heads=[]")
     rows += [r | dict(name=r['name'].partition('@')[0]) for r in plan.table.to_dict('records')
         if r['name'].endswith(f'@{task}')]
     sources = dict(models) | (dict(base=base) if any(r['base'] for r in rows) else {})
@@ -101,8 +101,9 @@ def write_unfrozen(
     top:float=50, # Share of each kind, in %
     overwrite:bool=False, # Replace an existing file
 ) -> Path:
-    "Write the best layers as Spectrum's `unfrozen_parameters` YAML. Raises `FileExistsError`, `ValueError`"
-    if not 0 < top <= 100: raise ValueError(f"top is {top}: pass a share in %, above 0 and up to 100")
+    "Write best layers as Spectrum's `unfrozen_parameters`. Raises `FileExistsError`, `ValueError`"
+    if not 0 < top <= 100:
+        raise ValueError(f"top is {top}: pass a share in %, above 0 and up to 100")
     lines = ['unfrozen_parameters:']
     layers = table.assign(layer=table.name.map(_layer))
     if 'role' in table:
@@ -119,7 +120,8 @@ def read_unfrozen(
     names, # Names of a model's tensors
 ) -> list: # Those to train, in the order of `names`
     "Tensors that an `unfrozen_parameters` YAML selects, by prefix or pattern. Raises `ValueError`"
-    try: patterns = yaml.safe_load(Path(path).read_text(encoding='utf-8'))['unfrozen_parameters'] or []
+    try: patterns = yaml.safe_load(
+        Path(path).read_text(encoding='utf-8'))['unfrozen_parameters'] or []
     except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as e:
         raise ValueError(f"{path} is no YAML with a list unfrozen_parameters ({e!r})") from e
     try: found = [re.compile(o) for o in patterns]

@@ -48,7 +48,7 @@ def merge(
     n_workers:int=None, # Threads; by default one per core
     progress:bool=False, # Show a progress bar
 ) -> dict | Path: # `{name: tensor}`, or the folder
-    "Run a plan. Raises `ValueError` (`PreflightError`) where it does not fit, `FileExistsError`, `OSError`"
+    "Run a plan. Raises `ValueError` (`PreflightError`: does not fit), `FileExistsError`, `OSError`"
     if out is not None: check_out(out)
     models,base = name_models(models, base)
     rows = plan_rows(plan, models, base, dtype)

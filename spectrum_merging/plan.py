@@ -132,7 +132,7 @@ class PreflightError(ValueError):
             + '\nWhat helps:' + listed(ways, most))
 
 def _prefix(lost, extra):
-    "The prefix that turns the names `extra` into `lost`, or the other way round; None if there is none"
+    "Prefix that turns the names `extra` into `lost`, or the other way round; None if there is none"
     for a,b in ((lost, extra), (extra, lost)):
         for k in a[:1]:
             ends = [o for o in b if k.endswith('.'+o)]
@@ -161,8 +161,9 @@ def _pair_problems(name, ck, other, o, units):
     p = _prefix(lost, extra or list(second)) if lost else None
     for a,b,ks in ((name, other, lost), (other, name, extra)):
         for k in ks:
-            yield k,f"in {a}, not in {b}",(f"names differ by the prefix {p!r}: save both models from "
-                "the same class" if p else _remedy(k, units.role.get(k), 'name'))
+            yield k,f"in {a}, not in {b}",(f"names differ by the prefix {p!r}: "
+                "save both models from the same class" if p
+                else _remedy(k, units.role.get(k), 'name'))
     for k in [k for k in first if k in second and not mine(k)]:
         a,b = first[k],second[k]
         if a.is_complex: yield k,f"dtype {a.dtype}",'complex numbers are not supported: drop them'

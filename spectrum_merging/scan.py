@@ -43,10 +43,11 @@ def _part(name, ckpt, label):
         raw = np.empty((j-i, cols), kind)
         ckpt.read_into(name, raw, i*cols*kind.itemsize)
         return raw
-    if rows>cols: return Matrix((rows, cols), [(label, lambda i, j, kind: widen(read(i, j), info.dtype, kind).T)],
-        _eps[info.dtype])
+    if rows>cols: return Matrix((rows, cols),
+        [(label, lambda i, j, kind: widen(read(i, j), info.dtype, kind).T)], _eps[info.dtype])
     raw = read(0, rows)
-    return Matrix((rows, cols), [(label, lambda i, j, kind: widen(raw[:,i:j], info.dtype, kind))], _eps[info.dtype])
+    return Matrix((rows, cols),
+        [(label, lambda i, j, kind: widen(raw[:,i:j], info.dtype, kind))], _eps[info.dtype])
 
 def _matrix(name, model, base):
     "What to measure: the weight itself, or in fp64 its difference from the base"

@@ -25,7 +25,7 @@ class Matrix:
     "A matrix that is read in pieces along its longer side"
     def __init__(self,
         shape:tuple, # (rows, cols)
-        parts:list, # `(name, piece)`: first minus others; `piece(i, j, 'f8')` is a new array (m, j−i)
+        parts:list, # `(name, piece)`: first minus rest; `piece(i, j, 'f8')` is a new array (m, j−i)
         eps:float, # Relative precision of the stored numbers
     ):
         self.shape,self.parts,self.eps = shape,parts,eps
@@ -48,7 +48,8 @@ class Matrix:
         "Raise `ValueError` where a part holds a NaN or an Inf"
         for name,piece in self.parts:
             Ys = [piece(i, i+1, 'f8') for i in range(self.n)]
-            nan,bad = (sum(int(f(Y).sum()) for Y in Ys) for f in (np.isnan, lambda Y: ~np.isfinite(Y)))
+            nan,bad = (sum(int(f(Y).sum()) for Y in Ys)
+                for f in (np.isnan, lambda Y: ~np.isfinite(Y)))
             if bad:
                 raise ValueError(f"{name} holds {nan} NaN and {bad-nan} Inf among {self.m*self.n} "
                     "values; repair or re-export that checkpoint before measuring it")
@@ -235,7 +236,7 @@ class Spectrum:
 
 # %% ../nbs/00_spectrum.ipynb #0000002c
 def _products(M, shift=0., unit=1., kind='f8'):
-    "Products (m, m) and row sums (m,) of `(M−shift)/unit`, those of each piece in `kind`, summed in fp64"
+    "Products (m, m) and row sums (m,) of `(M−shift)/unit`, each piece's in `kind`, summed in fp64"
     G,s = None,0.
     for Y in M.pieces(kind):
         if shift: Y -= shift
@@ -250,7 +251,7 @@ def gram(
     centre:bool=True, # Subtract the mean of all entries
     single:bool=False, # Multiply within pieces in fp32
 ) -> tuple[np.ndarray, float, float]: # `(m, m)` products of `M/unit`, unit, mean of `M`
-    "Products of all rows of the smaller side, in a unit in which they fit. Raises `ValueError` (NaN, Inf)"
+    "Products of all rows of the smaller side, in a unit that fits. Raises `ValueError` (NaN, Inf)"
     shift,unit,size = 0.,1.,M.m*M.n
     with np.errstate(over='ignore', invalid='ignore'):
         G,s = _products(M, kind='f4' if single else 'f8')
@@ -260,7 +261,7 @@ def gram(
         unit = max(float(abs(Y).max()) for Y in M.pieces()) or 1.
         G,s = _products(M, 0., unit)
     off = float(s.sum())/size
-    if centre and off*off > 1e-3*np.trace(G)/size: # the mean is large: take it off before, not after
+    if centre and off*off > 1e-3*np.trace(G)/size: # a large mean: take it off before, not after
         shift = off*unit
         G,s = _products(M, shift, unit)
         off = float(s.sum())/size

@@ -79,7 +79,8 @@ def plan_rows(
         raise ValueError(f"the plan takes {plan.table.name[plan.table.base!=0].iloc[0]} "
             "from the base and none was given: pass base=")
     if dtype not in (None, 'float64', 'float32', 'float16', 'bfloat16'):
-        raise ValueError(f"dtype is {dtype!r}: choose 'float64', 'float32', 'float16' or 'bfloat16'")
+        raise ValueError(f"dtype is {dtype!r}: choose 'float64', "
+            "'float32', 'float16' or 'bfloat16'")
     sources = models | (dict(base=base) if base else {})
     if problems := [(k, what, way) for k,what,way in _misfits(plan, models, sources)]:
         raise PreflightError(problems, 'plan and models do not fit', sep=' ')
@@ -279,7 +280,8 @@ def _processes(todo, sources, write, n, done, forked):
                 else:
                     del pipes[fd]
                     os.close(fd)
-        if left: raise RuntimeError("a worker process was killed: is there enough memory? Merge again")
+        if left:
+            raise RuntimeError("a worker process was killed: is there enough memory? Merge again")
     finally:
         for pid in pipes.values(): os.kill(pid, signal.SIGTERM)
         for fd in pipes: os.close(fd)

@@ -22,7 +22,8 @@ from .stream import outputs, plan_rows, run_tasks, tasks, word_sum
 def _manifest(out):
     "What `merge` wrote about itself. Raises `FileNotFoundError`, `ValueError`"
     if not (Path(out)/'merge.json').is_file():
-        raise FileNotFoundError(f"{out} holds no merge.json: pass a folder that spectrum-merge wrote")
+        raise FileNotFoundError(f"{out} holds no merge.json: "
+            "pass a folder that spectrum-merge wrote")
     try: res = json.loads((Path(out)/'merge.json').read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f"{out}/merge.json is damaged ({e})") from e
     if not isinstance(res, dict) or sealed(res)!=res.get('seal'):
@@ -98,7 +99,7 @@ def verify(
     sample:int=16, # How many tensors to make again
     n_workers:int=None, # Threads
 ) -> pd.DataFrame: # file, tensor, rule, check, ok: one row per input, file and tensor
-    "Whether a merged folder is what it says. Raises `FileNotFoundError`, `ValueError` (no such folder or input)"
+    "Prove what is in a folder. Raises `FileNotFoundError`, `ValueError` (no such folder or input)"
     out,told = Path(out),_manifest(out)
     given = dict(models or {}, **({} if base is None else dict(base=base)))
     if odd := set(given)-set(told['inputs']):
@@ -114,5 +115,6 @@ def verify(
         ('plan.csv', 'digest', plan.digest==told['plan_digest']),
         *_file_checks(out, files, meta, told)]]
     if not [o for o in res if o[3]=='header' and not o[-1]]:
-        res += _tensor_checks(plan, rows, files, out, sources, told, None if all else sample, n_workers)
+        res += _tensor_checks(plan, rows, files, out, sources, told, None if all else sample,
+            n_workers)
     return pd.DataFrame(res, columns=['file','tensor','rule','check','ok'])

@@ -2,8 +2,9 @@
 import os, subprocess, sys
 from pathlib import Path
 
-core = 'spectrum','checkpoint','units','scan','strategies','plan','merge'
-heavy = 'transformers','datasets','torchvision','matplotlib'
+core = ('arithmetic','spectrum','checkpoint','units','scan','strategies','plan','interop','stream','folder',
+    'merge','verify')
+heavy = 'torch','transformers','datasets','torchvision','matplotlib' # torch alone: 2 s and 500 MB
 
 def test_core_is_light():
     code = f'''import sys, spectrum_merging

@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from spectrum_merging import folder, stream
+from spectrum_merging import checkpoint, folder, stream
 from spectrum_merging.arithmetic import Scratch, is_finite, storage, weighted_sum, widen
 from spectrum_merging.checkpoint import Checkpoint
 from spectrum_merging.merge import load_task, merge
@@ -157,7 +157,7 @@ def test_same_bytes_whoever_does_it(tmp_path):
 
 slow = '''
 import sys, time
-from spectrum_merging import folder, stream
+from spectrum_merging import checkpoint, folder, stream
 from spectrum_merging.merge import merge
 from spectrum_merging.plan import make_plan
 stream.TASK, folder.FLUSH = 1<<12, 1<<16
@@ -229,7 +229,8 @@ def test_damaged_journal(halfway, damage):
     if damage=='no journal': journal.unlink()
     if damage=='short file':
         os.truncate(file, 100)
-        with pytest.raises(FileExistsError, match='was changed since.*delete'): go()
+        with pytest.raises(ValueError, match='was changed since.*merge again'): go()
+        go()
     else:
         go()
         assert verify(d/'out', all=True).ok.all()
@@ -333,6 +334,97 @@ def test_full_disk(tmp_path):
             merge(plan, models, out=tmp_path/'small/out')
         assert not list((tmp_path/'small').iterdir())
     finally: subprocess.run(['umount', tmp_path/'small'], check=True)
+
+def run_python(code, *args):
+    return subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True)
+
+forked = '''
+import os, sys
+from spectrum_merging import stream
+from spectrum_merging.merge import merge
+from spectrum_merging.plan import make_plan
+assert stream.can_fork()
+def run(task, *a): EFFECT
+stream._run_task = run
+models = {k: f'{sys.argv[1]}/{k}' for k in 'ab'}
+try: merge(make_plan('standard', models), models, out=sys.argv[2], n_workers=2)
+except Exception as e: print(type(e).__name__, e)
+'''
+
+@pytest.mark.parametrize('effect,words', [('os._exit(9)', 'RuntimeError a worker process was killed'),
+    ('raise OSError(28, "No space left")', 'OSError [Errno 28] No space left'),
+    ('raise ValueError("x"*100_000)', 'ValueError xxx')], ids=['killed', 'full', 'long'])
+def test_forked_worker_fails(effect, words, tmp_path):
+    "What goes wrong in a child process is an error here, and nothing is left behind"
+    write_models(tmp_path/'in')
+    p = run_python(forked.replace('EFFECT', effect), tmp_path/'in', tmp_path/'out')
+    assert p.stdout.startswith(words), p.stdout+p.stderr
+    assert [o.name for o in tmp_path.iterdir()]==['in']
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
+def test_direct_writes(dtype, tmp_path):
+    "Large files go past the system's cache, also where tensors begin and end within a page; same bytes"
+    for k in 'ab':
+        g = torch.Generator().manual_seed(ord(k))
+        save_file({f'l{i}.weight': torch.randn(n, 7, generator=g).to(dtype)
+            for i,n in enumerate((100_003, 5, 60_000, 1, 77_777))}, tmp_path/f'{k}.safetensors')
+    models = {k: tmp_path/f'{k}.safetensors' for k in 'ab'}
+    plan = make_plan('standard', models)
+    plain = merge(plan, models, out=tmp_path/'plain')
+    with patch.object(folder, 'DIRECT', 0): direct = merge(plan, models, out=tmp_path/'direct')
+    def refuse(*a): return False
+    with patch.object(folder, 'DIRECT', 0), patch.object(folder._Direct, 'write', refuse):
+        refused = merge(plan, models, out=tmp_path/'refused')
+    assert all_bytes(plain)==all_bytes(direct)==all_bytes(refused)
+
+# --- hashes
+
+def test_remembered_hashes(tmp_path, monkeypatch):
+    "A large file is read once, and again when it changed; a broken memory is no obstacle"
+    monkeypatch.setenv('SPECTRUM_CACHE', str(tmp_path/'cache'))
+    monkeypatch.setattr(checkpoint, 'LARGE', 10)
+    f,old,read = tmp_path/'f',time.time_ns()-10**10,[]
+    def write(text):
+        f.write_text(text)
+        os.utime(f, ns=(old, old+len(text)))
+    real = checkpoint.sha256
+    monkeypatch.setattr(checkpoint, 'sha256', lambda p: (read.append(p), real(p))[1])
+    def sha(): return checkpoint.known_sha256([f])[f]
+    write('a'*20)
+    assert sha()==sha()==hashlib.sha256(b'a'*20).hexdigest() and len(read)==1
+    write('b'*21)
+    assert sha()==hashlib.sha256(b'b'*21).hexdigest() and len(read)==2
+    for text in ('', '[]', '{"x": 3}', json.dumps({str(f): 3}), 'x'):
+        (tmp_path/'cache/sha256.json').write_text(text)
+        assert sha()==hashlib.sha256(b'b'*21).hexdigest()
+    os.utime(f) # just changed: it may change again within the clock's grain
+    n = len(read)
+    assert sha()==sha() and len(read)==n+2
+
+def test_hub_files_name_their_hash(tmp_path):
+    "In the hub's cache a file is a link to one named by its SHA-256"
+    blob = tmp_path/('ab'*32)
+    blob.write_text('not read')
+    (tmp_path/'model.safetensors').symlink_to(blob)
+    assert checkpoint.sha256(tmp_path/'model.safetensors')=='ab'*32
+    assert checkpoint.sha256(blob)==hashlib.sha256(b'not read').hexdigest()
+
+def test_hub_revision(tmp_path, monkeypatch):
+    "A hub id is written down with its revision, and opened again at that one"
+    models,_ = write_models(tmp_path/'in')
+    asked = []
+    def fetch(name, allow_patterns, revision='main'):
+        asked.append(revision)
+        snap = tmp_path/f'hub/{name}/snapshots'/('ab'*20)
+        if not snap.exists(): shutil.copytree(models[name[-1]], snap)
+        return str(snap)
+    monkeypatch.setattr('huggingface_hub.snapshot_download', fetch)
+    hub = dict(a='org/a', b='org/b')
+    out = merge(make_plan('standard', hub), hub, out=tmp_path/'out')
+    told = json.loads((out/'merge.json').read_text())['inputs']
+    assert told['a']['source']=='org/a@'+'ab'*20
+    assert 'org/a' in (out/'README.md').read_text() and set(asked)=={'main'}
+    assert verify(out).ok.all() and asked[-1]=='ab'*20
 
 # --- what a folder says of itself
 
