@@ -147,6 +147,9 @@ def _contestants(d, models, base, script, others):
         res[f'{name}, merging alone'] = (
             [py, '-c', _alone, plan, models['a'], models['b'], base, d/'out'], True)
     res['linear, spectrum-merge'] = ([script/'spectrum-merge', *both, '--out', d/'out'], False)
+    no_cache = ['env', 'SPECTRUM_CACHE=/dev/null/none']
+    res['linear, spectrum-merge, hashing too'] = ([*no_cache, *res['linear, spectrum-merge'][0]],
+        False)
     if others and find_spec('mergekit'):
         config = dict(merge_method='linear', dtype='bfloat16',
             models=[dict(model=str(models[m]), parameters=dict(weight=.5)) for m in 'ab'])

@@ -305,6 +305,8 @@ def _file_of(files):
     "`{row name: (file, where its numbers start there)}`"
     return {r.name: (o.path, a) for o in files for r,a in zip(o.rows, o.starts)}
 
+class _Bar(tqdm): monitor_interval = 0 # no thread of its own, so that `run_tasks` can fork
+
 def _fill(part, files, heads, todo, sources, n_workers, progress):
     "Run what is not done; checksum of every row"
     where,number = _file_of(files),{(t.row.name, t.start): i for i,t in enumerate(todo)}
@@ -312,7 +314,7 @@ def _fill(part, files, heads, todo, sources, n_workers, progress):
     def write(row, start, raw):
         path,a = where[row.name]
         part.write(path, raw, heads[path]+a+start)
-    bar = tqdm(total=sum(r.info.nbytes for o in files for r in o.rows), desc='merge', unit='B',
+    bar = _Bar(total=sum(r.info.nbytes for o in files for r in o.rows), desc='merge', unit='B',
         unit_scale=True, disable=not progress, leave=False)
     def size(t): return (t.stop-t.start)*t.row.info.nbytes//t.row.info.numel
     def done(t, total):
