@@ -121,14 +121,13 @@ def verify_cli(
     given = _named(models or [])
     if given and not isinstance(given, dict): raise ValueError(f"name the inputs: NAME={given[0]}")
     df = verify(out, given or None, all=all, sample=sample, n_workers=workers)
-    print(df[df.tensor!=''].groupby(['rule','check']).ok.agg(['size','all']).rename(
-        columns=dict(size='tensors', all='ok')).reset_index().to_string(index=False))
+    again = df[df.check=='made again']
+    if len(again): print(again[['tensor','rule','ok']].to_string(index=False))
     bad = df[~df.ok]
     if len(bad):
         raise CliError(f"{len(bad)} of {len(df)} checks failed:\n"
             + bad[['file','tensor','check']].to_string(index=False))
-    n = (df.check=='made again').sum()
-    print(f"{out} is what it says: {n} of {(df.tensor!='').sum()} tensors made again, "
+    print(f"{out} is what it says: {len(again)} of {(df.tensor!='').sum()} tensors made again, "
         f"all checksums and hashes agree")
 
 # %% ../nbs/95_cli.ipynb #00000012

@@ -78,14 +78,16 @@ class Partial:
         "`{task number: checksum}` of the journal, or None where there is nothing to continue"
         self.job = json.dumps(job)
         self.journal.seek(0)
-        first,*rest = (self.journal.read()+'\n').split('\n')[:-1]
-        if not rest or not first or not self.data.is_dir(): return None
+        whole = self.journal.read().rpartition('\n')[0] # a torn last line was never written
+        first,*lines = whole.split('\n')
+        if not first or not self.data.is_dir(): return None
         if first!=self.job:
             self.journal.close()
             raise FileExistsError(f"{self.root} holds an unfinished merge of other inputs or "
                 "settings: repeat that merge to finish it, or delete the folder")
-        lines = [re.fullmatch(r'(\d+) ([0-9a-f]{16})', o) for o in rest[:-1]]
-        return {int(m[1]): int(m[2], 16) for m in lines if m}
+        self.journal.truncate(len(whole)+1)
+        found = [re.fullmatch(r'(\d+) ([0-9a-f]{16})', o) for o in lines]
+        return {int(m[1]): int(m[2], 16) for m in found if m}
 
     def _begin(self):
         shutil.rmtree(self.data, ignore_errors=True)
@@ -253,7 +255,11 @@ def sealed(
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/57_folder.ipynb #0000000f
-def write_json(path, data):
+def write_json(
+    path, # File to write
+    data, # What to write
+):
+    "Write JSON for people to read"
     Path(path).write_text(json.dumps(data, indent=1)+'\n', encoding='utf-8')
 
 # %% ../nbs/57_folder.ipynb #00000010
@@ -282,8 +288,8 @@ def card(
     results:str='', # Markdown with results
 ) -> str: # Markdown
     "Model card: what the model was made from, and how"
-    ids = [o for o in (_source(s).get('source') for s in sources.values())
-        if o and not Path(o).exists()]
+    ids = [s.label.partition('@')[0] for s in sources.values()
+        if s.files and not Path(s.label).expanduser().exists()]
     head = ''.join(f'\n- {o}' for o in ids)
     counts = plan.table.apply(lambda r: mixture(plan.coefs(r)), axis=1).value_counts()
     how = ', '.join(f'{k} {v}' for k,v in plan.meta.items()
@@ -387,7 +393,8 @@ def write_folder(
         inputs=fingerprint(sources))
     part = Partial(out, hashlib.sha256(json.dumps(job).encode()).hexdigest())
     try:
-        if not part.done and (bad := out_problems(out, sum(o.nbytes for o in files))):
+        have = sum(o.stat().st_size for o in part.data.rglob('*') if o.is_file())
+        if bad := out_problems(out, sum(o.nbytes for o in files)-have):
             raise OSError(errno.ENOSPC, f"{bad[0][1]}: {bad[0][2]}")
         for o in files: part.open(o.path, heads[o.path]+o.nbytes)
         for o in files: part.write(o.path, o.header(metadata(plan, sources, None)), 0)

@@ -58,7 +58,7 @@ def merge(
         res = _in_memory(rows, sources, n_workers)
         return res | {k: res[v].clone() for k,v in ties.items() if k not in res}
     rows = [r for r in rows if r.name not in ties]
-    return write_folder(plan, rows, sources, Path(out).expanduser(), shard_size=shard_size,
+    return write_folder(plan, rows, sources, Path(out).expanduser().absolute(), shard_size=shard_size,
         files_from=files_from, results=results, n_workers=n_workers, progress=progress, dtype=dtype)
 
 # %% ../nbs/60_merge.ipynb #0000000a

@@ -91,6 +91,8 @@ def _measurable(shape, estimator):
     "The paper scores whatever has two dimensions, a single row or column too"
     return len(shape)>1 and 0 not in shape if estimator.startswith('paper') else is_matrix(shape)
 
+class _Bar(tqdm): monitor_interval = 0 # no thread of its own, so that a merge can fork afterwards
+
 # %% ../nbs/20_scan.ipynb #00000009
 def scan(
     model, # Anything `Checkpoint` opens
@@ -115,7 +117,7 @@ def scan(
     jobs = sorted(names, key=lambda k: -work(infos[k]))
     found = map_single_threaded(lambda k: _measure(k, model, base, estimator), jobs,
         n_workers or n_cores())
-    rows = dict(zip(jobs, tqdm(found, total=len(jobs), desc='scan', unit='layer',
+    rows = dict(zip(jobs, _Bar(found, total=len(jobs), desc='scan', unit='layer',
         disable=not progress, leave=False)))
     res = pd.DataFrame([dict(name=k, unit=units.unit[k], role=units.role[k], shape=infos[k].shape,
         **rows[k]) for k in names])

@@ -269,6 +269,7 @@ def _processes(todo, sources, write, n, done, forked):
         for w in range(min(n, len(todo))):
             r,out = os.pipe()
             if not (pid := os.fork()):
+                for fd in [*pipes, r]: os.close(fd)
                 if forked: forked()
                 _child(list(enumerate(todo))[w::n], sources, write, out)
             os.close(out)
