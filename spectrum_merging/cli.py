@@ -91,8 +91,6 @@ def merge_cli(
     from spectrum_merging.merge import check_out, merge
     check_out(out)
     from spectrum_merging.plan import Plan, make_plan
-    from tqdm.auto import tqdm
-    tqdm.monitor_interval = 0 # no thread, so that the work can be done by forked processes
     models = _named(models)
     if plan: table = Plan.load(plan)
     else:

@@ -348,7 +348,8 @@ def _finish(part, plan, files, sums, sources, hashes, files_from, results, setti
     "All that goes in beside the weights, and the final name"
     data,models = part.data,{m: o for m,o in sources.items() if m!='base'}
     meta = metadata(plan, sources, hashes)
-    for o in files: part.write(o.path, o.header(meta), 0)
+    headers = {o.path: o.header(meta) for o in files}
+    for k,v in headers.items(): part.write(k, v, 0)
     plan.save(data/'plan.csv', overwrite=True)
     body = {o.path: o.rows for o in files if not o.path.startswith('heads/')}
     if len(body)>1: write_json(data/'model.safetensors.index.json', _index(body))
@@ -360,8 +361,8 @@ def _finish(part, plan, files, sums, sources, hashes, files_from, results, setti
     manifest = dict(made_by=_me, plan_digest=plan.digest, plan=plan.meta,
         **settings, tied=tied(plan, models[plan.models[0]]),
         inputs={m: _source(o) | dict(sha256=hashes[m]) for m,o in sources.items()},
-        outputs={o.path: dict(nbytes=len(o.header(meta))+o.nbytes,
-            header_sha256=hashlib.sha256(o.header(meta)).hexdigest(),
+        outputs={o.path: dict(nbytes=len(headers[o.path])+o.nbytes,
+            header_sha256=hashlib.sha256(headers[o.path]).hexdigest(),
             checksums={r.key: f'{sums.get(r.name, 0):016x}' for r in o.rows}) for o in files},
         files={o.relative_to(data).as_posix(): sha256(o) for o in small})
     write_json(data/'merge.json', manifest | dict(seal=sealed(manifest)))
@@ -386,7 +387,9 @@ def write_folder(
     if files_from not in plan.models:
         raise ValueError(f"files_from is {files_from!r}: choose one of {', '.join(plan.models)}")
     files,todo = outputs(rows, shard_size),tasks(rows)
-    heads = {o.path: len(o.header(metadata(plan, sources, None))) for o in files}
+    blank = metadata(plan, sources, None)
+    blanks = {o.path: o.header(blank) for o in files}
+    heads = {k: len(v) for k,v in blanks.items()}
     settings = settings | dict(shard_size=shard_size, files_from=files_from)
     job = dict(version=__version__, plan=plan.digest, meta=plan.meta, settings=settings,
         block=[BLOCK, TASK], rows=[[r.name, r.info.dtype] for r in rows],
@@ -397,7 +400,7 @@ def write_folder(
         if bad := out_problems(out, sum(o.nbytes for o in files)-have):
             raise OSError(errno.ENOSPC, f"{bad[0][1]}: {bad[0][2]}")
         for o in files: part.open(o.path, heads[o.path]+o.nbytes)
-        for o in files: part.write(o.path, o.header(metadata(plan, sources, None)), 0)
+        for k,v in blanks.items(): part.write(k, v, 0)
         part.start()
         fresh = _fill(part, files, heads, todo, sources, n_workers, progress)
         with ThreadPoolExecutor(1) as pool:

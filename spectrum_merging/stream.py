@@ -13,7 +13,7 @@ import json, numpy as np, os, pickle, select, signal, struct, sys, threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from .arithmetic import Scratch, is_finite, page_aligned, storage, weighted_sum
+from .arithmetic import Scratch, is_finite, page_aligned, storage, weighted_sum, widen
 from .checkpoint import TensorInfo, codes, n_cores
 from .plan import PreflightError, tensor_name
 
@@ -82,7 +82,7 @@ def plan_rows(
         raise ValueError(f"dtype is {dtype!r}: choose 'float64', "
             "'float32', 'float16' or 'bfloat16'")
     sources = models | (dict(base=base) if base else {})
-    if problems := [(k, what, way) for k,what,way in _misfits(plan, models, sources)]:
+    if problems := list(_misfits(plan, models, sources)):
         raise PreflightError(problems, 'plan and models do not fit', sep=' ')
     return [_row(plan, r, models, sources, dtype) for r in plan.table.to_dict('records')]
 
@@ -169,11 +169,10 @@ class _Local(threading.local):
 # %% ../nbs/55_stream.ipynb #00000012
 def _values(source, key):
     "Whole tensor as NumPy numbers, for an error message"
-    raw = np.empty(source.infos[key].numel, storage[source.infos[key].dtype])
+    info = source.infos[key]
+    raw = np.empty(info.numel, storage[info.dtype])
     source.read_into(key, raw)
-    dtype = source.infos[key].dtype
-    if dtype=='bfloat16': return (raw.astype('u4') << 16).view('f4')
-    return raw.view('f2') if dtype=='float16' else raw
+    return widen(raw, info.dtype)
 
 def _why(row, sources):
     "`ValueError` for a row with a number that is not finite"
