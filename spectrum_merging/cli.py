@@ -61,10 +61,15 @@ def _bytes(text):
     if n<1: raise ValueError(f"shard size is {text!r}: pass a size like 5GB or 200MB")
     return n
 
+def _only(strategy, **given):
+    "Refuse options that the strategy does not look at"
+    if bad := [k for k,v in given.items() if v is not None]:
+        raise ValueError(f"strategy {strategy!r} has no use for --{bad[0]}")
+
 def _summary(plan):
     "How many tensors each mixture gets"
     from spectrum_merging.plan import mixture
-    mixtures = plan.table.apply(lambda r: mixture(plan.coefs(r)), axis=1)
+    mixtures = plan.table.apply(lambda r: mixture(plan.coefs(r), r['op']), axis=1)
     return mixtures.value_counts().rename('tensors').to_string()
 
 @call_parse
@@ -73,7 +78,7 @@ def merge_cli(
     models:Annotated[str, "Models to merge, each PATH or NAME=PATH", dict(nargs='+')],
     out:Annotated[str, "New folder for the merged model", dict(opt=True, required=True)],
     base:str=None, # The model that they were fine-tuned from
-    strategy:str='standard', # standard, base_reset or snr_{winner,lowA,lowB,max,weighted}
+    strategy:str='standard', # standard, base_reset, snr_{winner,lowA,…}, 'ridge_mean(eps=0.1)', …
     threshold:float=None, # SNR to pass
     top:float=None, # Share of layers to pass, in %; 50 where neither is given
     estimator:str='mp', # mp, paper_nlp, paper_vision or spectrum
@@ -85,18 +90,25 @@ def merge_cli(
     shard_size:str='5GB', # Largest file of the result
     files_from:str=None, # Model whose configuration and tokenizer are taken; the first by default
     workers:int=None, # Threads; by default one per core
+    scale:float=None, # λ of strategies that add updates to the base: task_arithmetic, tsv_m, …
 ):
     "Merge models by the signal-to-noise ratio of their layers; if interrupted, rerun to continue"
     shard_size = _bytes(shard_size)
     from spectrum_merging.merge import check_out, merge
     check_out(out)
-    from spectrum_merging.plan import Plan, make_plan
+    from spectrum_merging.plan import Plan, is_update_rule, make_plan, update_plan
     models = _named(models)
     if plan: table = Plan.load(plan)
     else:
         heads = None if heads is None else [] if heads=='none' else heads.split(',')
-        table = make_plan(strategy, models, base, estimator=estimator, of=of, threshold=threshold,
-            top=top, protocol=protocol, heads=heads, progress=sys.stderr.isatty(), out=out)
+        how = dict(heads=heads, progress=sys.stderr.isatty(), out=out)
+        if is_update_rule(strategy):
+            _only(strategy, threshold=threshold, top=top, of=of)
+            table = update_plan(strategy, models, base, scale=scale, **how)
+        else:
+            _only(strategy, scale=scale)
+            table = make_plan(strategy, models, base, estimator=estimator, of=of, top=top,
+                threshold=threshold, protocol=protocol, **how)
     try: merge(table, models, base, out, dtype=dtype, shard_size=shard_size, files_from=files_from,
         n_workers=workers, progress=sys.stderr.isatty())
     except KeyboardInterrupt as e:

@@ -291,7 +291,7 @@ def card(
     ids = [s.label.partition('@')[0] for s in sources.values()
         if s.files and not Path(s.label).expanduser().exists()]
     head = ''.join(f'\n- {o}' for o in ids)
-    counts = plan.table.apply(lambda r: mixture(plan.coefs(r)), axis=1).value_counts()
+    counts = plan.table.apply(lambda r: mixture(plan.coefs(r), r['op']), axis=1).value_counts()
     how = ', '.join(f'{k} {v}' for k,v in plan.meta.items()
         if k in ('strategy','protocol','estimator','of','threshold','top'))
     return '\n'.join(['---', 'tags:\n- merge\n- spectrum-merging']

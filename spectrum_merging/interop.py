@@ -43,6 +43,9 @@ def to_mergekit(
     "Write a plan as a configuration for `mergekit-yaml`. Raises `ValueError`, `FileExistsError`"
     if list(models)!=plan.models:
         raise ValueError(f"the plan merges {plan.models}, the models given are {list(models)}")
+    if (odd := plan.table[plan.table.op!='linear']).size:
+        raise ValueError(f"{odd.name.iloc[0]} is merged by {odd.op.iloc[0]}: a mergekit file "
+            "written here can hold weighted sums only; merge with spectrum-merge")
     rows = plan.table[~plan.table.name.str.contains('@')].to_dict('records')
     heads = sorted({o.partition('@')[2] for o in plan.table.name if '@' in o})
     if heads and task not in heads:

@@ -45,14 +45,17 @@ def merge(
     shard_size:int=5_000_000_000, # Largest number of bytes of a file of `out`
     files_from:str=None, # Model whose configuration and tokenizer `out` gets; the first by default
     results:str='', # Markdown for the model card in `out`
+    grams:dict=None, # `{model: second moments of its inputs}` (see `input_grams`), for `regmean`
     n_workers:int=None, # Threads; by default one per core
     progress:bool=False, # Show a progress bar
 ) -> dict | Path: # `{name: tensor}`, or the folder
     "Run a plan. Raises `ValueError` (`PreflightError`: does not fit), `FileExistsError`, `OSError`"
     if out is not None: check_out(out)
     models,base = name_models(models, base)
-    rows = plan_rows(plan, models, base, dtype)
-    sources = models | (dict(base=base) if base and (plan.table.base!=0).any() else {})
+    grams = {m: Checkpoint(o) for m,o in (grams or {}).items()}
+    rows = plan_rows(plan, models, base, dtype, grams)
+    sources = (models | (dict(base=base) if base and (plan.table.base!=0).any() else {})
+        | {o: grams[o[6:]] for o in dict.fromkeys(o for r in rows for o in r.grams)})
     ties = tied(plan, models[plan.models[0]])
     if out is None:
         res = _in_memory(rows, sources, n_workers)

@@ -320,7 +320,7 @@ def shrink(
 ): # Same type, shape and dtype
     "`W` without noise: its mean plus shrunken singular values. Raises what `as_matrix` raises"
     A,s = as_matrix(W),spectrum(W)
-    if not s.sigma: return W.clone()
+    if not s.sigma: return W.clone() if hasattr(W, 'clone') else np.array(W)
     mean = A.mean()
     B = A-mean if A.shape[0]<=A.shape[1] else (A-mean).T
     val,vec = np.linalg.eigh(B@B.T)
@@ -328,7 +328,8 @@ def shrink(
     gain = np.divide(shrinker(y, s.beta), y, out=np.zeros_like(y), where=y>0)
     B = (vec*gain)@vec.T@B
     res = (B if A.shape[0]<=A.shape[1] else B.T)+mean
-    return W.new_tensor(np.ascontiguousarray(res)).reshape(W.shape)
+    res = np.ascontiguousarray(res).reshape(W.shape)
+    return W.new_tensor(res) if hasattr(W, 'new_tensor') else res.astype(W.dtype)
 
 # %% ../nbs/00_spectrum.ipynb #0000003d
 def _plain_eigs(M):

@@ -6,7 +6,7 @@ Docs: https://spectrum.github.io/spectrum-merging/strategies.html.md"""
 
 # %% auto #0
 __all__ = ['strategies', 'standard', 'base_reset', 'snr_winner', 'snr_lowA', 'snr_lowB', 'snr_max', 'snr_weighted', 'Strategy',
-           'get_strategy', 'check_cut', 'cut_value']
+           'get_strategy', 'task_arithmetic', 'lines', 'snr_gate', 'check_cut', 'cut_value']
 
 # %% ../nbs/30_strategies.ipynb #00000003
 import numpy as np
@@ -105,7 +105,8 @@ def get_strategy(
 ) -> Strategy:
     "The strategy called `name`. Raises `ValueError` (unknown name, number of models, missing base)"
     if name not in strategies:
-        raise ValueError(f"strategy is {name!r}: choose one of {', '.join(map(repr, strategies))}")
+        raise ValueError(f"strategy is {name!r}: choose one of {', '.join(map(repr, strategies))}, "
+            "or a rule of update_plan (task_arithmetic, lines, snr_gate, tsv_m, ridge_mean …)")
     s = strategies[name]
     if n_models < 2: raise ValueError(f"{n_models} model(s) given: a merge needs 2 or more")
     if s.two_only and n_models!=2:
@@ -117,6 +118,41 @@ def get_strategy(
     return s
 
 # %% ../nbs/30_strategies.ipynb #0000001a
+def _updates(w): return np.c_[1-w.sum(1), w]
+
+def task_arithmetic(
+    shape:tuple, # (K, N): layers, models
+    scale:float=.5, # λ, what each update is multiplied by
+) -> np.ndarray: # (K, 1+N) coefficients, base first
+    "W₀ + λ Σ Dₜ ([Ilharco et al. 2023](https://arxiv.org/abs/2212.04089))"
+    return _updates(np.full(shape, float(scale)))
+
+# %% ../nbs/30_strategies.ipynb #0000001b
+def lines(
+    shape:tuple, # (K, N): layers in order of depth, models
+    scale:float=.5, # λ in the middle of the network
+    slope:float=1., # From −2 to 2: λ·(1−slope/2) in the first layer, λ·(1+slope/2) in the last
+) -> np.ndarray: # (K, 1+N) coefficients, base first
+    "W₀ + (α + β·depth) Σ Dₜ ([Wang et al. 2025](https://arxiv.org/abs/2410.17146))"
+    depth = np.linspace(-.5, .5, shape[0]) if shape[0]>1 else np.zeros(1)
+    return _updates(np.repeat(scale*(1+slope*depth)[:,None], shape[1], 1))
+
+# %% ../nbs/30_strategies.ipynb #0000001c
+def snr_gate(
+    s:np.ndarray, # (K, N) SNR of each layer in each model
+    scale:float=.5, # λ of a layer with the median SNR
+    tau:float=1., # Width of the gate in units of log SNR; large is the same λ everywhere
+    power:float=0., # 0 weighs models alike, large ones take the loudest
+) -> np.ndarray: # (K, 1+N) coefficients, base first
+    "W₀ + Σ λₗ wₗₜ Dₜ with λₗ a sigmoid of the layer's log SNR, wₗₜ ∝ SNRᵖ. Raises `ValueError`"
+    if not tau>0: raise ValueError(f"tau is {tau}: pass a positive width of the gate")
+    logs = np.log(s.clip(min=max(1e-6, s.max()*1e-6)))
+    peak = logs.max(1)
+    gate = 2*scale/(1+np.exp(-(peak-np.median(peak))/tau))
+    w = np.exp(power*(logs-peak[:,None]))
+    return _updates(gate[:,None]*w*(s.shape[1]/w.sum(1, keepdims=True)))
+
+# %% ../nbs/30_strategies.ipynb #00000020
 def check_cut(
     threshold:float=None, # SNR to pass
     top:float=None, # Share of layers to pass, in %
@@ -129,7 +165,7 @@ def check_cut(
     if top is not None and not 0 < top <= 100:
         raise ValueError(f"top is {top}: pass a share in %, above 0 and up to 100")
 
-# %% ../nbs/30_strategies.ipynb #0000001b
+# %% ../nbs/30_strategies.ipynb #00000021
 def cut_value(
     peak:np.ndarray, # (K,) largest SNR of each layer
     threshold:float=None, # SNR to pass

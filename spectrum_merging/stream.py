@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from .arithmetic import Scratch, is_finite, page_aligned, storage, weighted_sum, widen
 from .checkpoint import TensorInfo, codes, n_cores
 from .plan import PreflightError, tensor_name
+from .subspace import apply, operation
 
 # %% ../nbs/55_stream.ipynb #00000007
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Row:
     info:TensorInfo # Shape and type of the result
     coefs:dict # `{source: coefficient}`, base first, none of them 0
     same:tuple=() # Models that must hold the same integers
+    op:str='linear' # What is done with the sources
+    grams:tuple=() # Sources of input moments, one per model, where the operation needs them
 
     @property
     def head(self): return self.name.partition('@')[2] or None
@@ -38,7 +41,8 @@ def _row(plan, row, models, sources, dtype):
     info = sources[next((m for m in coefs if m!='base'), 'base')].infos[k]
     if dtype and info.is_float: info = TensorInfo(info.shape, dtype)
     same = tuple(m for m in models if k in models[m]) if row['role']=='buffer' else ()
-    return Row(row['name'], k, info, coefs, same)
+    grams = ([f'grams@{m}' for m in coefs if m!='base'] if row['op'].startswith('regmean') else ())
+    return Row(row['name'], k, info, coefs, same, row['op'], tuple(grams))
 
 def _misfits(plan, models, sources):
     "`(tensor, problem, remedy)` for all that keeps the plan from running on these models"
@@ -51,6 +55,7 @@ def _misfits(plan, models, sources):
         shown = [] if '@' in row['name'] else [m for m in models if k in models[m]]
         infos = {m: sources[m].infos[k] for m in dict.fromkeys(used + shown) if k in sources[m]}
         mixed = len(used)>1 or any(plan.coefs(row)[m]!=1 for m in used)
+        if row['op']!='linear': yield from _op_misfits(row, k, used, sources)
         if lost: yield k,f"is not in {', '.join(lost)}",remake
         elif not used: yield k,'has coefficients 0 only','give it a coefficient'
         elif len({o.shape for o in infos.values()})>1:
@@ -65,11 +70,33 @@ def _misfits(plan, models, sources):
             if k not in planned and tied.get(k) not in planned:
                 yield k,f"of {m} is not in the plan",remake
 
+def _op_misfits(row, k, used, sources):
+    "What keeps an operation from running on a tensor"
+    op = operation(row['op'])
+    from_base = op.name!='slerp'
+    if set(used)<={'base'}: yield k,f"gets {op.name} of no model",'give models a coefficient'
+    elif from_base and row['base']!=1:
+        yield k,f"gets {op.name} and base {row['base']:g}",'operations add to the base: base 1'
+    elif not from_base and row['base']: yield k,'gets slerp with the base','slerp takes base 0'
+    if any(k in sources[m] and not sources[m].infos[k].is_float for m in used):
+        yield k,f"is no float tensor and gets {op.name}",'copy it from one model'
+    if op.name!='regmean': return
+    for m in used:
+        if m=='base' or k not in sources[m]: continue
+        shape = sources[m].infos[k].shape
+        n = int(np.prod(shape[1:]))
+        have = sources.get(f'grams@{m}')
+        found = have.infos[k].shape if have is not None and k in have else None
+        if found!=(n, n):
+            yield (k,f"needs moments of {n} inputs of {m}, found {found or 'none'}",
+                "measure them with input_grams and pass grams={model: …}")
+
 def plan_rows(
     plan, # `Plan`
     models:dict, # `{name: Checkpoint}`
     base=None, # `Checkpoint`
     dtype:str=None, # Type of all float tensors of the result; by default that of the first model
+    grams:dict=None, # `{name: Checkpoint}` of input moments, for `regmean`
 ) -> list: # Of `Row`
     "What a plan does with these models, from headers alone. Raises `PreflightError`, `ValueError`"
     if list(models)!=plan.models:
@@ -81,7 +108,8 @@ def plan_rows(
     if dtype not in (None, 'float64', 'float32', 'float16', 'bfloat16'):
         raise ValueError(f"dtype is {dtype!r}: choose 'float64', "
             "'float32', 'float16' or 'bfloat16'")
-    sources = models | (dict(base=base) if base else {})
+    sources = models | (dict(base=base) if base else {}) | {
+        f'grams@{m}': o for m,o in (grams or {}).items()}
     if problems := list(_misfits(plan, models, sources)):
         raise PreflightError(problems, 'plan and models do not fit', sep=' ')
     return [_row(plan, r, models, sources, dtype) for r in plan.table.to_dict('records')]
@@ -141,7 +169,7 @@ FORK_BLOCK = 1<<18 # Numbers in a block where each worker is a process
 
 @dataclass(frozen=True)
 class Task:
-    "A piece of a row"
+    "A piece of a row; all of it where the row is an operation on the whole tensor"
     row:Row
     start:int # First number
     stop:int # One past the last
@@ -151,8 +179,9 @@ def tasks(
     rows:list, # Of `Row`
 ) -> list: # Of `Task`, empty tensors left out
     "Pieces of at most `TASK` numbers"
-    return [Task(r, i, min(i+TASK, r.info.numel)) for r in rows
-        for i in range(0, r.info.numel, TASK)]
+    def size(r): return TASK if r.op=='linear' else max(1, r.info.numel)
+    return [Task(r, i, min(i+size(r), r.info.numel)) for r in rows
+        for i in range(0, r.info.numel, size(r))]
 
 class _Local(threading.local):
     "A thread's memory"
@@ -213,9 +242,27 @@ def word_sum(
     if rest := len(flat) % 8: flat = np.concatenate([flat, np.zeros(8-rest, 'u1')])
     return int(flat.view('<u8').sum(dtype='u8'))
 
+def _whole(row, sources):
+    "Stored numbers of the result of an operation on a whole tensor"
+    models = [m for m in row.coefs if m!='base']
+    ws,grams = ([_values(sources[m], row.key).reshape(sources[m].infos[row.key].shape) for m in o]
+        for o in (models, row.grams))
+    base = _values(sources['base'], row.key).reshape(ws[0].shape) if 'base' in row.coefs else None
+    if not all(np.isfinite(o).all() for o in (*ws, *([] if base is None else [base]))):
+        raise _why(row, sources)
+    res = apply(operation(row.op), ws, base, [row.coefs[m] for m in models], grams or None)
+    raw,ok = weighted_sum([np.ascontiguousarray(res).reshape(-1)], ['float64'], [1.],
+        row.info.dtype, Scratch(max(1, res.size)))
+    if not ok: raise _why(row, sources)
+    return raw
+
 def _run_task(task, sources, write, local):
     "Sum and write a task; its checksum"
     total,size = 0,np.dtype(storage[task.row.info.dtype]).itemsize
+    if task.row.op!='linear':
+        res = _whole(task.row, sources)
+        write(task.row, 0, res)
+        return word_sum(res)
     for start in range(task.start, task.stop, local.block):
         res = _block(task, start, min(local.block, task.stop-start), sources, local)
         write(task.row, start*size, res)

@@ -88,7 +88,7 @@ def _tensor_checks(plan, rows, files, out, sources, told, sample, n_workers):
     made,table = {r.name for r in again},plan.table.set_index('name')
     for r,s in zip(rows, sums):
         ok = s==told['outputs'].get(where[r.name], {}).get('checksums', {}).get(r.key)
-        yield (where[r.name], r.key, mixture(plan.coefs(table.loc[r.name])),
+        yield (where[r.name], r.key, mixture(plan.coefs(table.loc[r.name]), r.op),
             'made again' if r.name in made else 'checksum', ok and r.name not in bad)
 
 def verify(
@@ -106,7 +106,9 @@ def verify(
         raise ValueError(f"the merge has no input {sorted(odd)[0]!r}: {', '.join(told['inputs'])}")
     sources = {m: _open_source(m, o, given.get(m)) for m,o in told['inputs'].items()}
     plan = Plan.load(out/'plan.csv')
-    rows = plan_rows(plan, {m: sources[m] for m in plan.models}, sources.get('base'), told['dtype'])
+    grams = {m[6:]: o for m,o in sources.items() if m.startswith('grams@')}
+    rows = plan_rows(plan, {m: sources[m] for m in plan.models}, sources.get('base'), told['dtype'],
+        grams)
     rows = [r for r in rows if r.name not in told['tied']]
     files = outputs(rows, told['shard_size'])
     meta = metadata(plan, sources, {m: o['sha256'] for m,o in told['inputs'].items()},

@@ -10,7 +10,7 @@ __all__ = ['full', 'quick', 'Task', 'digits_tasks', 'load_tasks', 'prepare', 're
 
 # %% ../nbs/80_vision.ipynb #00000003
 import hashlib, json, os, socket, torch, torch.nn.functional as F, torchvision
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ class Task:
     test_x:Tensor # (m, 1, 32, 32) test images, uint8
     test_y:Tensor # (m,) test labels
     source:str # Where the data come from, for reports
+    held_x:Tensor=None # (h, 1, 32, 32) training images held out for tuning, uint8
+    held_y:Tensor=None # (h,) their labels
 
     @property
     def classes(self): return int(self.y.max())+1
@@ -35,8 +37,17 @@ class Task:
             f"{self.classes} classes; {self.source})")
     def limit(self, train=None, test=None):
         "The first `train` and `test` images; None takes all"
-        return Task(self.name, self.x[:train], self.y[:train], self.test_x[:test],
-            self.test_y[:test], self.source)
+        return replace(self, x=self.x[:train], y=self.y[:train], test_x=self.test_x[:test],
+            test_y=self.test_y[:test])
+    def hold_out(self, n=2000):
+        "The last `n` training images, a tenth of them at most, set aside for tuning"
+        n = min(n, len(self.x)//10)
+        return replace(self, x=self.x[:-n], y=self.y[:-n], held_x=self.x[-n:], held_y=self.y[-n:])
+    def turned(self):
+        "The same task upside down on its side: turned by 90° and inverted, a task of its own"
+        def f(x): return 255-torch.rot90(x, 1, (2, 3))
+        return replace(self, name=f'{self.name} turned', x=f(self.x), test_x=f(self.test_x),
+            held_x=None if self.held_x is None else f(self.held_x), source=f'{self.source}, turned')
 
 # %% ../nbs/80_vision.ipynb #00000008
 def digits_tasks() -> dict: # `{name: Task}`
@@ -240,15 +251,17 @@ def cached(
 class Budget:
     "How long to train and how much to evaluate"
     base_epochs:int=2 # Rotation prediction
-    expert_steps:int=2340 # SGD steps per expert at least
-    max_epochs:int=16 # Epochs per expert at most
+    expert_steps:int=1800 # SGD steps per expert at least
+    max_epochs:int=12 # Epochs per expert at most
+    lr:float=.03 # Highest learning rate of experts
     batch:int=128 # Images per step
     train:int=None # Training images per task; None takes all
     test:int=None # Test images per task; None takes all
     calibration:int=1000 # Unlabelled images per task for BatchNorm
 
 full = Budget()
-quick = Budget(base_epochs=1, expert_steps=250, max_epochs=12, batch=64, train=4000, test=1000)
+quick = Budget(base_epochs=1, expert_steps=250, max_epochs=12, lr=.05, batch=64, train=4000,
+    test=1000)
 
 # %% ../nbs/80_vision.ipynb #0000001c
 def make_base(
@@ -289,7 +302,7 @@ def make_expert(
     sd,key = base
     epochs = min(-(-budget.expert_steps*budget.batch//len(task.x)), budget.max_epochs)
     recipe = dict(kind='expert', version=1, base=key, data=digest(task.x, task.y), epochs=epochs,
-        lr=.05, batch=budget.batch, seed=seed)
+        lr=budget.lr, batch=budget.batch, seed=seed)
     return cached(recipe, lambda tmp: train(resnet18(task.classes, sd, seed), task.x, task.y,
-        epochs=epochs, batch=budget.batch, seed=seed, resume=tmp, label=task.name,
+        epochs=epochs, lr=budget.lr, batch=budget.batch, seed=seed, resume=tmp, label=task.name,
         progress=progress), cache)

@@ -64,7 +64,9 @@ def test_merge_loads_in_transformers(models, tmp_path):
     assert list(first)==list(second) and all(v.equal(second[k]) for k,v in first.items())
 
 @pytest.mark.parametrize('args, says', [
-    (['--strategy','ties'], "choose one of 'standard'"),
+    (['--strategy','sum'], "choose one of 'standard'"),
+    (['--strategy','ties'], 'pass base='),
+    (['--strategy','standard','--scale','2'], 'no use for --scale'),
     (['--strategy','base_reset'], 'pass base='),
     (['--threshold','3','--top','50'], 'both given'),
     (['--estimator','iqr'], "choose one of 'mp'"),

@@ -373,7 +373,7 @@ def plan_of(**cols): return Plan(table(**cols), dict(models=['a','b']))
     (table(name='w'), "'w' twice"),
     (table(a=[.5,nan]), "'v'.*no finite number"),
     (table(base=[inf,0]), "'w'.*no finite number"),
-    (table(op='ties'), "'ties'.*'linear'")], ids='model column twice nan inf op'.split())
+    (table(op='sum'), "'sum'.*'linear'")], ids='model column twice nan inf op'.split())
 def test_bad_table(t, words):
     with pytest.raises(ValueError, match=words): Plan(t, dict(models=['a','b']))
 
