@@ -487,7 +487,7 @@ def swap(old, new): return lambda o: o.replace(old, new, 1)
     (line(3, lambda o: o[:30]), ['conv1.bias']),
     (line(3, lambda o: o+',1,2,3'), ['p.csv']),
     (line(3, swap('bias', 'weight')), ['conv1.weight', 'twice']),
-    (line(3, swap('linear', 'ties')), ["'ties'"])], ids='''empty prose binary no_head head_only
+    (line(3, swap('linear', 'tie')), ["'tie'"])], ids='''empty prose binary no_head head_only
     number text no_models models_number other_models column word blank nan cut long twice
     op'''.split())
 def test_broken_file(damage, words, tmp_path):
