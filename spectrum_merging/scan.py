@@ -60,7 +60,7 @@ def _measure(name, model, base, estimator):
     W = _matrix(name, model, base)
     if estimator!='mp': return dict(snr=snr(W, estimator, name))
     s = spectrum(W, name=name)
-    return {k: getattr(s, k) for k in ('snr','snr_ratio','n_spikes','sigma','edge',
+    return {k: getattr(s, k) for k in ('snr','snr_ratio','n_spikes','sigma','edge','norm',
         'stable_rank','effective_rank','ks')}
 
 # %% ../nbs/20_scan.ipynb #00000008

@@ -233,6 +233,8 @@ class Spectrum:
 
     @property
     def beta(self): return self.m/self.n
+    @property
+    def norm(self): return sqrt(self.eigs.sum()*self.n)
 
 # %% ../nbs/00_spectrum.ipynb #0000002c
 def _products(M, shift=0., unit=1., kind='f8'):
