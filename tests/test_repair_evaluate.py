@@ -1,10 +1,10 @@
 "BatchNorm statistics measured again equal direct ones, and scores equal their formulas."
-import copy, numpy as np, pandas as pd, pytest, torch
+import copy, numpy as np, pandas as pd, pytest, torch, torchvision
 from math import sqrt
 from scipy.stats import norm
 from sklearn.metrics import f1_score
 from spectrum_merging.evaluate import majority, normalise, score, score_rows, summarise, wilson
-from spectrum_merging.repair import bn_layers, reestimate_bn
+from spectrum_merging.repair import bn_layers, reestimate_bn, repair_channels, variance_ratio
 from torch import nn
 
 # --- repair
@@ -19,7 +19,8 @@ def net(seed=0, dropout=False):
             for t in (o.weight.detach(), o.bias.detach(), o.running_mean): t.normal_()
         return m
 
-def images(n): return 2*torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(1))+.5
+def images(n, size=8):
+    return 2*torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))+.5
 
 def normed(x, bn, mean, var):
     shape = [1, -1, *[1]*(x.ndim-2)]
@@ -85,6 +86,142 @@ def test_original_untouched(training):
     ids='none untracked empty single nan'.split())
 def test_repair_refuses(m, batches, words):
     with pytest.raises(ValueError, match=words): reestimate_bn(m, batches)
+
+# --- repair_channels and variance_ratio
+
+def plain(seed, bias=True):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Conv2d(3, 12, 3, bias=bias), nn.ReLU(), nn.Conv2d(12, 10, 3),
+            nn.ReLU(), nn.Flatten(), nn.Linear(160, 9), nn.ReLU(), nn.Linear(9, 4)).eval()
+
+def resnet(seed):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return reestimate_bn(torchvision.models.resnet18(num_classes=4), [images(64, 32)])
+
+def mean_of(*models):
+    res,states = copy.deepcopy(models[0]),[m.state_dict() for m in models]
+    res.load_state_dict({k: sum(s[k] for s in states)/len(states) if v.is_floating_point() else v
+        for k,v in states[0].items()})
+    return res
+
+@torch.no_grad()
+def outputs(m, x):
+    "`{name: (channels, values)}` of every module"
+    res,m = {},copy.deepcopy(m).eval()
+    def keep(k): return lambda o, a, y: res.update({k: y.movedim(1, 0).flatten(1).clone()})
+    for k,o in m.named_modules(): o.register_forward_hook(keep(k))
+    m(x)
+    return res
+
+@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('n', [2, 3])
+def test_repair_channels_reaches_its_goal(seed, bias, n):
+    "One batch: exactly the mean of the experts' means and deviations, layer by layer"
+    experts,x = [plain(10*seed+i, bias) for i in range(n)],images(64)
+    got = repair_channels(mean_of(*experts), experts, [x])
+    theirs,own = [outputs(o, x) for o in experts],outputs(got, x)
+    for k in '0','2','5':
+        mean,std = (sum(f(o[k], 1) for o in theirs)/n for f in (torch.mean, torch.std))
+        assert torch.allclose(own[k].mean(1), mean, atol=1e-4)
+        assert torch.allclose(own[k].std(1), std, rtol=1e-3)
+    assert got[7].weight.equal(mean_of(*experts)[7].weight) # the last stays
+
+@pytest.mark.parametrize('seed', range(4))
+def test_variance_ratio(seed):
+    experts,x = [plain(2*seed), plain(2*seed+1)],images(96)
+    merged = mean_of(*experts)
+    t = variance_ratio(merged, experts, [*x.split(32)])
+    assert t.index.tolist()==['0','2'] and t.channels.tolist()==[12, 10] and (t.ratio<.7).all()
+    own,theirs = outputs(merged, x),[outputs(o, x) for o in experts]
+    for k in t.index:
+        want = sum(o[k].var(1, correction=0).mean() for o in theirs)/2
+        assert t.experts[k]==pytest.approx(want.item(), rel=1e-4)
+        assert t.merged[k]==pytest.approx(own[k].var(1, correction=0).mean().item(), rel=1e-4)
+    fixed = repair_channels(merged, experts, [*x.split(32)])
+    ratio = variance_ratio(fixed, experts, [*x.split(32)]).ratio
+    assert ratio.tolist() == pytest.approx([1, 1], abs=.1)
+    assert variance_ratio(experts[0], experts[:1], [x]).ratio.tolist() == pytest.approx([1, 1])
+
+def test_repair_resnet():
+    "Twenty convolutions, each followed by a BatchNorm, some with a scale of 0"
+    experts,batches = [resnet(0), resnet(1)],[images(64, 32)]
+    merged = mean_of(*experts)
+    nn.init.zeros_(merged.layer1[0].bn2.weight)
+    got = repair_channels(merged, experts, batches)
+    before,after = (variance_ratio(o, experts, batches).ratio for o in (merged, got))
+    assert len(after)==20 and before.median()<.7 and ((after-1).abs()<.1).all()
+    assert set(got.state_dict())==set(merged.state_dict())
+    old = merged.state_dict()
+    changed = {k for k,v in got.state_dict().items() if not v.equal(old[k]) and 'num' not in k}
+    assert changed=={f'{k}.{o}' for k in bn_layers(merged)
+        for o in ('weight','bias','running_mean','running_var')}
+
+def test_repair_experts_alone():
+    "A model merged of copies of itself stays what it is"
+    m,x = plain(0),images(64)
+    got = repair_channels(m, [m, m], [x])
+    assert torch.allclose(got(x), m(x), atol=1e-4)
+
+def test_repair_chosen_layers():
+    experts = [plain(0), plain(1)]
+    merged = mean_of(*experts)
+    got = repair_channels(merged, experts, [images(64)], layers=['2','7'])
+    assert {k for k,v in got.state_dict().items() if not v.equal(merged.state_dict()[k])}=={
+        '2.weight','2.bias','7.weight','7.bias'}
+
+@pytest.mark.parametrize('training', [True, False])
+def test_repair_leaves_all_as_it_was(training):
+    models = [net(i).train(training) for i in range(3)]
+    before = [copy.deepcopy(m.state_dict()) for m in models]
+    got = repair_channels(models[0], models[1:], [*images(32).split(16)], ['0','3'])
+    variance_ratio(models[0], models[1:], [images(32)])
+    for m,old in zip(models, before):
+        assert all(v.equal(old[k]) for k,v in m.state_dict().items())
+        assert all(o.training==training and not o._forward_hooks for o in m.modules())
+    assert got[1].momentum==.1 and got[4].momentum==.3
+    assert not any(o.training or o._forward_hooks for o in got.modules())
+
+def test_repair_dead_channels():
+    "Channels without variance, in the merge or in the experts, give finite weights"
+    experts,x = [plain(0), plain(1)],images(64)
+    for o in experts: nn.init.zeros_(o[0].weight[0])
+    merged = mean_of(*experts)
+    nn.init.zeros_(merged[0].weight[1:3])
+    got = repair_channels(merged, experts, [x])
+    assert all(v.isfinite().all() for v in got.state_dict().values())
+    assert not got[0].weight[0].any()
+
+def loop():
+    c = nn.Conv2d(3, 3, 1)
+    return nn.Sequential(c, nn.ReLU(), c, nn.Flatten(), nn.Linear(192, 2))
+
+@pytest.mark.parametrize('f', [repair_channels, variance_ratio])
+@pytest.mark.parametrize('m,experts,batches,words', [
+    (plain(0), [plain(1)], (o for o in [images(4)]), 'batches is a generator.*list'),
+    (plain(0), [plain(1)], images(4), 'batches is a Tensor.*list'),
+    (plain(0), [plain(1)], [], 'batches is empty'),
+    (plain(0), [plain(1)], [images(4), images(1)], 'batch 1 holds 1 input'),
+    (plain(0), [plain(1)], [images(4)*float('nan')], '0 got statistics that are NaN'),
+    (plain(0), [], [images(4)], 'experts is empty'),
+    (plain(0), [nn.Conv2d(3, 4, 3)], [images(4)], 'an expert has no layer 0.*architecture'),
+    (plain(0), [nn.Sequential(nn.Conv2d(3, 7, 3), nn.ReLU(), nn.Conv2d(7, 10, 3), nn.ReLU(),
+        nn.Flatten(), nn.Linear(160, 9))], [images(4)], '0 has 7 and 12 channels'),
+    (loop(), [loop()], [images(4)], '0 runs twice'),
+    (nn.ReLU(), [nn.ReLU()], [images(4)], 'ReLU runs no Conv2d|no layer to repair')],
+    ids='generator tensor empty single nan alone lost channels twice none'.split())
+def test_channels_refuses(f, m, experts, batches, words):
+    with pytest.raises(ValueError, match=words): f(m, experts, batches)
+
+def test_repair_refuses_layers():
+    with pytest.raises(ValueError, match='layers names 1, 9.*choose from 0, 2, 5, 7'):
+        repair_channels(plain(0), [plain(1)], [images(4)], ['1','2','9'])
+    bare = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2, affine=False), nn.Flatten(),
+        nn.Linear(72, 2))
+    with pytest.raises(ValueError, match='1, behind 0, has no weight'):
+        repair_channels(bare, [bare], [images(4)])
 
 # --- evaluate
 
