@@ -78,7 +78,7 @@ def merge_cli(
     models:Annotated[str, "Models to merge, each PATH or NAME=PATH", dict(nargs='+')],
     out:Annotated[str, "New folder for the merged model", dict(opt=True, required=True)],
     base:str=None, # The model that they were fine-tuned from
-    strategy:str='standard', # standard, base_reset, snr_{winner,lowA,…}, 'ridge_mean(eps=0.1)', …
+    strategy:str='standard', # standard, base_reset, snr_{winner,lowA,…}, 'tsv_m(share=0.5)', …
     threshold:float=None, # SNR to pass
     top:float=None, # Share of layers to pass, in %; 50 where neither is given
     estimator:str='mp', # mp, paper_nlp, paper_vision or spectrum
@@ -103,7 +103,9 @@ def merge_cli(
         heads = None if heads is None else [] if heads=='none' else heads.split(',')
         how = dict(heads=heads, progress=sys.stderr.isatty(), out=out)
         if is_update_rule(strategy):
-            _only(strategy, threshold=threshold, top=top, of=of)
+            _only(strategy, threshold=threshold, top=top, of=of,
+                estimator=None if estimator=='mp' else estimator,
+                protocol=None if protocol=='unit' else protocol)
             table = update_plan(strategy, models, base, scale=scale, **how)
         else:
             _only(strategy, scale=scale)

@@ -9,7 +9,7 @@ __all__ = ['tensor_name', 'mixture', 'Plan', 'listed', 'name_models', 'Preflight
            'is_update_rule', 'update_plan']
 
 # %% ../nbs/40_plan.ipynb #00000003
-import csv, hashlib, json, numpy as np, pandas as pd, shutil
+import csv, hashlib, json, numpy as np, pandas as pd, re, shutil
 from fastcore.basics import patch
 from io import StringIO
 from pathlib import Path
@@ -44,6 +44,10 @@ def mixture(
         return f"average of {', '.join(c)}"
     return ' + '.join(f'{v:.3g}·{k}' for k,v in c.items())
 
+def _canonical(op):
+    "An operation written in the one way that counts"
+    return op if op=='linear' else operation(op).text
+
 # %% ../nbs/40_plan.ipynb #00000008
 class Plan:
     "A table of merge coefficients with the settings that made it"
@@ -61,7 +65,9 @@ class Plan:
         if bad.size:
             raise ValueError(f"the plan's row {bad.iloc[0]!r} has a coefficient "
                 "that is no finite number")
-        for o in set(table.op)-{'linear'}: operation(o)
+        for k,o in dict(zip(table.op, table.name)).items():
+            try: _canonical(k)
+            except ValueError as e: raise ValueError(f"the plan's row {o!r}: {e}") from e
         self.table = table.reset_index(drop=True)
 
     def coefs(self, row) -> dict:
@@ -71,7 +77,8 @@ class Plan:
     @property
     def digest(self) -> str: # 16 hexadecimal digits
         "Hash of everything that determines the merged tensors, and of nothing else"
-        rows = sorted([r['name'], r['op'], {k: v.hex() for k,v in self.coefs(r).items() if v}]
+        rows = sorted([r['name'], _canonical(r['op']),
+            {k: v.hex() for k,v in self.coefs(r).items() if v}]
             for r in self.table.to_dict('records'))
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
@@ -362,14 +369,24 @@ def make_plan(
 # %% ../nbs/40_plan.ipynb #0000001d
 _by_layer = dict(task_arithmetic=task_arithmetic, lines=lines)
 
+def _by_depth(names):
+    "Names in order of depth: layers.2 before layers.10, which files sort the other way round"
+    seen = {}
+    def key(name):
+        parts = name.split('.')
+        return [int(o) if o.isdigit() else seen.setdefault(tuple(parts[:i+1]), len(seen))
+            for i,o in enumerate(parts)]
+    return sorted(names, key=key)
+
 def _layer_coefs(rule, settings, units, models, base, scans, scale, progress):
     "Coefficients by unit of a rule that weighs updates layer by layer; SNRs where it looks at them"
-    names = [k for k in dict.fromkeys(units.unit[units.role=='matrix'])]
+    names = _by_depth(dict.fromkeys(units.unit[units.role=='matrix']))
+    if not names: raise ValueError("no layer has a matrix: nothing to weigh; see find_units")
     if rule!='snr_gate':
         c,s = _by_layer[rule]((len(names), len(models)), scale=scale, **settings),None
     else:
         found = _snr_columns(models, base, units, 'mp', 'update', scans, progress)
-        s = _unit_snrs(units, {k: o for k,o in next(iter(models.values())).infos.items()}, found)
+        s = _unit_snrs(units, next(iter(models.values())).infos, found)
         s = s.reindex(names).fillna(0.)
         c = snr_gate(s.to_numpy(), scale=scale, **settings)
     return pd.DataFrame(c, names, ['base',*models]),s
@@ -378,13 +395,18 @@ def is_update_rule(
     rule:str, # What `make_plan` or `update_plan` is asked for
 ) -> bool:
     "Whether `update_plan` knows it"
-    return rule.partition('(')[0] in {*_by_layer, 'snr_gate', *operations}
+    return _rule_name(rule) in {*_layer_rules, *operations}
+
+def _rule_name(rule): return rule.partition('(')[0].strip()
+
+_layer_rules = dict(task_arithmetic=(), lines=('slope',), snr_gate=('tau','power'))
 
 def _settings(rule):
     "Name and settings of 'lines(slope=1)'. Raises `ValueError`"
-    name,_,rest = rule.partition('(')
-    known = dict(task_arithmetic=(), lines=('slope',), snr_gate=('tau','power'))[name]
-    pairs = [o.partition('=') for o in rest.rstrip(')').split(',') if o.strip()]
+    name = _rule_name(rule)
+    known,m = _layer_rules[name],re.fullmatch(r'\w+\s*(?:\((.*)\))?', rule.strip())
+    if not m: raise ValueError(f"{rule!r} is no rule: write {name} or {name}(setting=number)")
+    pairs = [o.partition('=') for o in (m[1] or '').split(',') if o.strip()]
     res = {k.strip(): _number(v) for k,_,v in pairs}
     if bad := [k for k,v in res.items() if k not in known or not np.isfinite(v)]:
         raise ValueError(f"{rule}: {bad[0]!r} is no setting of {name} or has no number; "
@@ -397,14 +419,17 @@ def update_plan(
     models, # List of models, or `{task: model}`; each anything `Checkpoint` opens
     base, # The model that they were fine-tuned from
     *,
-    scale:float=None, # λ for the updates; by default 1 for operations, 1 / number of models for others
+    scale:float=None, # λ for updates; by default 1 for operations, else 1 / number of models
     scans:dict=None, # `{task: scan(...)}` of the updates, for `snr_gate`; measured by default
     heads:list=None, # Prefixes of task heads; None finds them, [] merges them like everything else
     out=None, # Folder that the merge will be written to
     progress:bool=False, # Show a progress bar while measuring
 ) -> Plan:
     "Base plus combined updates. Raises `ValueError` before any merging"
-    by_layer = rule.partition('(')[0] in ('task_arithmetic','lines','snr_gate')
+    if not is_update_rule(rule):
+        raise ValueError(f"rule is {rule!r}: choose one of "
+            f"{', '.join([*_layer_rules, *operations])}; make_plan knows other strategies")
+    by_layer = _rule_name(rule) in _layer_rules
     op = None if by_layer else operation(rule)
     rule,settings = _settings(rule) if by_layer else (op.text, {})
     if base is None: raise ValueError(f"{rule!r} adds updates to the base: pass base=")
@@ -413,10 +438,15 @@ def update_plan(
     if scale is None: scale = 1/len(models) if by_layer or op.name=='slerp' else 1.
     if not np.isfinite(scale): raise ValueError(f"scale is {scale}: pass a finite number")
     units = preflight(models, base, heads, out)
-    infos = {k: next(iter(models.values())).infos[k] for k in units.index}
+    first = next(iter(models.values()))
+    infos = {k: first.infos[k] for k in units.index}
+    units['role'] = [r if r=='head' else units.role.get(first.aliases.get(k), r)
+        for k,r in units.role.items()] # tied tensors are treated as what they are tied to
     coefs,s = (_layer_coefs(rule, settings, units, models, base, scans, scale, progress)
         if by_layer else (None, None))
-    rest = None if coefs is None else coefs.median()
+    if by_layer:
+        rest = coefs.median() # of tensors without a layer
+        rest['base'] = 1-rest[list(models)].sum()
     rows = []
     average = {'base': 0.} | {m: 1/len(models) for m in models}
     for k,unit,role in units[['unit','role']].itertuples():
@@ -425,7 +455,8 @@ def update_plan(
         elif role=='stat': rows.append(row | average | dict(reason='statistics are averaged'))
         elif by_layer:
             c = coefs.loc[unit] if unit in coefs.index else rest
-            snrs = {f'snr_{m}': s.loc[unit,m] for m in models} if s is not None and unit in s.index else {}
+            known = s is not None and unit in s.index
+            snrs = {f'snr_{m}': s.loc[unit,m] for m in models} if known else {}
             rows.append(row | c.to_dict() | snrs | dict(reason=f'{rule} at scale {scale:.4g}'))
         elif role=='matrix' or op.name in entrywise and infos[k].is_float:
             rows.append(row | dict(op=op.text, base=float(op.name!='slerp'))

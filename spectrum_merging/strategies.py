@@ -131,7 +131,7 @@ def task_arithmetic(
 def lines(
     shape:tuple, # (K, N): layers in order of depth, models
     scale:float=.5, # λ in the middle of the network
-    slope:float=1., # From −2 to 2: λ·(1−slope/2) in the first layer, λ·(1+slope/2) in the last
+    slope:float=1., # λ·(1−slope/2) in the first layer, λ·(1+slope/2) in the last; −2 to 2
 ) -> np.ndarray: # (K, 1+N) coefficients, base first
     "W₀ + (α + β·depth) Σ Dₜ ([Wang et al. 2025](https://arxiv.org/abs/2410.17146))"
     depth = np.linspace(-.5, .5, shape[0]) if shape[0]>1 else np.zeros(1)
@@ -146,9 +146,12 @@ def snr_gate(
 ) -> np.ndarray: # (K, 1+N) coefficients, base first
     "W₀ + Σ λₗ wₗₜ Dₜ with λₗ a sigmoid of the layer's log SNR, wₗₜ ∝ SNRᵖ. Raises `ValueError`"
     if not tau>0: raise ValueError(f"tau is {tau}: pass a positive width of the gate")
+    if not 0<=power<=100: raise ValueError(f"power is {power}: pass a number from 0 to 100")
+    if not np.isfinite(s).all():
+        raise ValueError(f"an SNR is {s[~np.isfinite(s)][0]}: the gate needs finite ones")
     logs = np.log(s.clip(min=max(1e-6, s.max()*1e-6)))
     peak = logs.max(1)
-    gate = 2*scale/(1+np.exp(-(peak-np.median(peak))/tau))
+    with np.errstate(over='ignore'): gate = 2*scale/(1+np.exp(-(peak-np.median(peak))/tau))
     w = np.exp(power*(logs-peak[:,None]))
     return _updates(gate[:,None]*w*(s.shape[1]/w.sum(1, keepdims=True)))
 

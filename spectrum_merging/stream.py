@@ -12,11 +12,13 @@ __all__ = ['BLOCK', 'TASK', 'FORK_BLOCK', 'Row', 'plan_rows', 'Output', 'outputs
 import json, numpy as np, os, pickle, select, signal, struct, sys, threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass
 from .arithmetic import Scratch, is_finite, page_aligned, storage, weighted_sum, widen
 from .checkpoint import TensorInfo, codes, n_cores
 from .plan import PreflightError, tensor_name
 from .subspace import apply, operation
+from threadpoolctl import threadpool_limits
 
 # %% ../nbs/55_stream.ipynb #00000007
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ def _row(plan, row, models, sources, dtype):
     info = sources[next((m for m in coefs if m!='base'), 'base')].infos[k]
     if dtype and info.is_float: info = TensorInfo(info.shape, dtype)
     same = tuple(m for m in models if k in models[m]) if row['role']=='buffer' else ()
-    grams = ([f'grams@{m}' for m in coefs if m!='base'] if row['op'].startswith('regmean') else ())
+    moments = row['op']!='linear' and operation(row['op']).name=='regmean'
+    grams = [f'grams@{m}' for m in coefs if m!='base'] if moments else ()
     return Row(row['name'], k, info, coefs, same, row['op'], tuple(grams))
 
 def _misfits(plan, models, sources):
@@ -54,7 +57,8 @@ def _misfits(plan, models, sources):
         lost = [m for m in used if k not in sources[m]]
         shown = [] if '@' in row['name'] else [m for m in models if k in models[m]]
         infos = {m: sources[m].infos[k] for m in dict.fromkeys(used + shown) if k in sources[m]}
-        mixed = len(used)>1 or any(plan.coefs(row)[m]!=1 for m in used)
+        mixed = (row['op']!='linear' or len(used)>1
+            or any(plan.coefs(row)[m]!=1 for m in used))
         if row['op']!='linear': yield from _op_misfits(row, k, used, sources)
         if lost: yield k,f"is not in {', '.join(lost)}",remake
         elif not used: yield k,'has coefficients 0 only','give it a coefficient'
@@ -78,13 +82,15 @@ def _op_misfits(row, k, used, sources):
     elif from_base and row['base']!=1:
         yield k,f"gets {op.name} and base {row['base']:g}",'operations add to the base: base 1'
     elif not from_base and row['base']: yield k,'gets slerp with the base','slerp takes base 0'
+    elif not from_base and any(row[m]<0 for m in used):
+        yield k,'gets slerp with a coefficient below 0','slerp takes coefficients of 0 or more'
     if any(k in sources[m] and not sources[m].infos[k].is_float for m in used):
         yield k,f"is no float tensor and gets {op.name}",'copy it from one model'
     if op.name!='regmean': return
     for m in used:
         if m=='base' or k not in sources[m]: continue
         shape = sources[m].infos[k].shape
-        n = int(np.prod(shape[1:]))
+        n = int(np.prod(shape[1:] if len(shape)>1 else shape))
         have = sources.get(f'grams@{m}')
         found = have.infos[k].shape if have is not None and k in have else None
         if found!=(n, n):
@@ -110,6 +116,8 @@ def plan_rows(
             "'float32', 'float16' or 'bfloat16'")
     sources = models | (dict(base=base) if base else {}) | {
         f'grams@{m}': o for m,o in (grams or {}).items()}
+    if odd := [m for m in grams or {} if m not in models]:
+        raise ValueError(f"grams are given for {odd[0]!r}, the models are {', '.join(models)}")
     if problems := list(_misfits(plan, models, sources)):
         raise PreflightError(problems, 'plan and models do not fit', sep=' ')
     return [_row(plan, r, models, sources, dtype) for r in plan.table.to_dict('records')]
@@ -205,7 +213,7 @@ def _values(source, key):
 
 def _why(row, sources):
     "`ValueError` for a row with a number that is not finite"
-    for m in row.coefs:
+    for m in (*row.coefs, *row.grams):
         if not sources[m].infos[row.key].is_float: continue
         x = _values(sources[m], row.key)
         nan,inf = int(np.isnan(x).sum()),int(np.isinf(x).sum())
@@ -248,9 +256,10 @@ def _whole(row, sources):
     ws,grams = ([_values(sources[m], row.key).reshape(sources[m].infos[row.key].shape) for m in o]
         for o in (models, row.grams))
     base = _values(sources['base'], row.key).reshape(ws[0].shape) if 'base' in row.coefs else None
-    if not all(np.isfinite(o).all() for o in (*ws, *([] if base is None else [base]))):
+    if not all(np.isfinite(o).all() for o in (*ws, *grams, *([] if base is None else [base]))):
         raise _why(row, sources)
-    res = apply(operation(row.op), ws, base, [row.coefs[m] for m in models], grams or None)
+    try: res = apply(operation(row.op), ws, base, [row.coefs[m] for m in models], grams or None)
+    except ValueError as e: raise ValueError(f"{row.name} cannot get {row.op}: {e}") from e
     raw,ok = weighted_sum([np.ascontiguousarray(res).reshape(-1)], ['float64'], [1.],
         row.info.dtype, Scratch(max(1, res.size)))
     if not ok: raise _why(row, sources)
@@ -350,5 +359,7 @@ def run_tasks(
 ):
     "Run tasks side by side. Raises `ValueError` for numbers that are not finite or do not fit"
     n,done = n_workers or n_cores(),done or (lambda t, c: None)
-    if fork and n>1 and can_fork(): _processes(todo, sources, write, n, done, forked)
-    else: _threads(todo, sources, write, n, done)
+    whole = any(t.row.op!='linear' for t in todo) # threads of BLAS cannot be limited in workers:
+    with threadpool_limits(1, 'blas') if whole else nullcontext(): # one thread has them in hand
+        if fork and n>1 and can_fork(): _processes(todo, sources, write, n, done, forked)
+        else: _threads(todo, sources, write, n, done)

@@ -9,13 +9,28 @@ __all__ = ['operations', 'entrywise', 'gram_svd', 'polar', 'regmean', 'ridge_mea
            'dare', 'slerp', 'Operation', 'operation', 'apply']
 
 # %% ../nbs/35_subspace.ipynb #00000003
-import inspect, numpy as np, re
+import inspect, numpy as np, re, zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from threadpoolctl import threadpool_limits
 from .spectrum import shrink
 
-# %% ../nbs/35_subspace.ipynb #00000009
+# %% ../nbs/35_subspace.ipynb #00000008
+_limits = dict(
+    eps=(lambda v: 1e-8<=v<=1e8, 'a ridge from 1e-8 to 1e8, for instance .1'),
+    alpha=(lambda v: 0<=v<=1, 'a share from 0 to 1'),
+    beta=(lambda v: 0<=v<=1, 'a share from 0 to 1'),
+    share=(lambda v: 0<v<=1, 'a part of the rank, above 0 and up to 1'),
+    density=(lambda v: 0<v<=1, 'a share above 0 and up to 1'),
+    seed=(lambda v: v>=0, 'an integer of 0 or more'))
+
+def _check(**settings):
+    "Raise `ValueError` for a setting out of range"
+    for k,v in settings.items():
+        fits,want = _limits[k]
+        if not fits(v): raise ValueError(f"{k} is {v}: pass {want}")
+
+# %% ../nbs/35_subspace.ipynb #0000000b
 def _f64(d): return np.asarray(d, 'f8')
 
 def gram_svd(
@@ -27,13 +42,13 @@ def gram_svd(
     if d.shape[0]>d.shape[1]:
         u,s,v = gram_svd(d.T, k)
         return v.T,s,u.T
-    e,q = np.linalg.eigh(d@d.T)
-    s,q = np.sqrt(e[::-1].clip(min=0))[:k],q[:,::-1][:,:k]
+    q = np.linalg.eigh(d@d.T)[1][:,::-1][:,:k]
+    b = q.T@d
+    s = np.linalg.norm(b, axis=1) # exact to 1e-16 of the top, roots of eigenvalues to 1e-8 only
     keep = s > s[:1]*1e-7
-    s,q = s[keep],q[:,keep]
-    return q,s,(q/s).T@d
+    return q[:,keep],s[keep],b[keep]/s[keep,None]
 
-# %% ../nbs/35_subspace.ipynb #0000000a
+# %% ../nbs/35_subspace.ipynb #0000000c
 def polar(
     x:np.ndarray, # (m, n) matrix
 ) -> np.ndarray: # (m, n) with singular values 1, and 0 where `x` has none
@@ -41,34 +56,39 @@ def polar(
     u,_,v = gram_svd(x)
     return u@v
 
-# %% ../nbs/35_subspace.ipynb #0000000e
+# %% ../nbs/35_subspace.ipynb #00000010
 def regmean(
     ds:list, # (out, in) updates
     grams:list, # (in, in) second moments of each model's inputs
     alpha:float=.9, # Share of the off-diagonal that is kept
 ) -> np.ndarray: # (out, in)
     "(Σ Dₜ Gₜ)(Σ Gₜ)⁻¹ ([Jin et al. 2023](https://arxiv.org/abs/2212.09849)). Raises `ValueError`"
+    _check(alpha=alpha)
+    if len(grams)!=len(ds):
+        raise ValueError(f"{len(grams)} input Grams for {len(ds)} updates: pass one per update")
     gs = []
     for g in map(_f64, grams):
         if g.shape!=(ds[0].shape[1],)*2:
             raise ValueError(f"an input Gram has shape {g.shape}, the layer takes "
                 f"{ds[0].shape[1]} inputs: measure it on this layer")
+        if not np.isfinite(g).all():
+            raise ValueError("an input Gram holds NaN or Inf: measure it again")
         gs.append(alpha*g + (1-alpha)*np.diag(np.diag(g)))
     total = sum(gs)
     ridge = 1e-6*np.trace(total)/len(total) or 1.
     top = sum(_f64(d)@g for d,g in zip(ds, gs)) + ridge*sum(map(_f64, ds))/len(ds)
     return np.linalg.solve(total+ridge*np.eye(len(total)), top.T).T
 
-# %% ../nbs/35_subspace.ipynb #00000011
+# %% ../nbs/35_subspace.ipynb #00000013
 def ridge_mean(
     ds:list, # (out, in) updates
     eps:float=.1, # Ridge, in units of the mean diagonal of Σ Gₜ
 ) -> np.ndarray: # (out, in)
     "Data-free regression mean in closed form ([ACE, Xu et al. 2026](https://arxiv.org/abs/2603.02945); [WUDI, Cheng et al. 2025](https://arxiv.org/abs/2503.08099)). Raises `ValueError`"
-    if not eps>0: raise ValueError(f"eps is {eps}: pass a positive ridge, for instance .1")
+    _check(eps=eps)
+    out,inn = np.shape(ds[0])
     ds = [(d, n) for d in map(_f64, ds) if (n := np.linalg.norm(d))]
-    if not ds: return np.zeros(0)
-    out,inn = ds[0][0].shape
+    if not ds: return np.zeros((out, inn))
     e = eps*len(ds)/inn
     X = np.concatenate([d/n for d,n in ds])
     if inn <= len(X):
@@ -77,43 +97,43 @@ def ridge_mean(
     C = np.concatenate([d@d.T/n + e*n*np.eye(out) for d,n in ds], 1)
     return C@np.linalg.solve(X@X.T + e*np.eye(len(X)), X) # push-through identity: small side
 
-# %% ../nbs/35_subspace.ipynb #00000016
+# %% ../nbs/35_subspace.ipynb #00000018
 def tsv_m(
     ds:list, # (out, in) updates
     share:float=None, # Of the rank, per task; by default 1 / number of tasks
 ) -> np.ndarray: # (out, in)
     "Task singular vectors, decorrelated ([Gargiulo et al. 2025](https://arxiv.org/abs/2412.00081)). Raises `ValueError`"
-    if share is not None and not 0<share<=1:
-        raise ValueError(f"share is {share}: pass a part of the rank, above 0 and up to 1")
+    if share is not None: _check(share=share)
     k = max(1, int(min(ds[0].shape)*(share or 1/len(ds))))
     us,ss,vs = zip(*[gram_svd(d, k) for d in ds])
     return polar(np.concatenate(us, 1))*np.concatenate(ss) @ polar(np.concatenate(vs))
 
-# %% ../nbs/35_subspace.ipynb #00000019
+# %% ../nbs/35_subspace.ipynb #0000001b
 def iso_c(
     ds:list, # (out, in) updates
     beta:float=1., # How far singular values go to their mean
 ) -> np.ndarray: # (out, in)
-    "The summed update with a level spectrum ([Marczak et al. 2025](https://arxiv.org/abs/2502.04959))"
+    "The summed update with a level spectrum ([Marczak et al. 2025](https://arxiv.org/abs/2502.04959)). Raises `ValueError`"
+    _check(beta=beta)
     d = sum(map(_f64, ds))
     u,s,v = gram_svd(d)
     mean = s.sum()/min(d.shape)
     return (u*((1-beta)*s + beta*mean))@v
 
-# %% ../nbs/35_subspace.ipynb #0000001d
+# %% ../nbs/35_subspace.ipynb #0000001f
 def shrink_mean(
     ds:list, # (out, in) updates
 ) -> np.ndarray: # (out, in)
     "Σ of updates shrunk to their signal ([Gavish & Donoho 2017](https://arxiv.org/abs/1405.7511))"
     return sum(shrink(_f64(d)) if min(d.shape)>1 else _f64(d) for d in ds)
 
-# %% ../nbs/35_subspace.ipynb #00000020
+# %% ../nbs/35_subspace.ipynb #00000022
 def ties(
     ds:list, # (out, in) updates
     density:float=.2, # Share of entries kept, the largest
 ) -> np.ndarray: # (out, in)
     "Trim, elect sign, disjoint mean ([Yadav et al. 2023](https://arxiv.org/abs/2306.01708)). Raises `ValueError`"
-    _check_share('density', density)
+    _check(density=density)
     def trim(d):
         k = d.size-max(1, round(d.size*density))
         return np.where(abs(d)>=np.partition(abs(d), k, None)[k], d, 0) if d.size else d
@@ -121,35 +141,37 @@ def ties(
     agree = (np.sign(kept)==np.sign(kept.sum(0))) & (kept!=0)
     return (kept*agree).sum(0)/agree.sum(0).clip(min=1)
 
-def _check_share(name, value):
-    if not 0<value<=1: raise ValueError(f"{name} is {value}: pass a share above 0 and up to 1")
-
-# %% ../nbs/35_subspace.ipynb #00000021
+# %% ../nbs/35_subspace.ipynb #00000023
 def dare(
     ds:list, # (out, in) updates
     density:float=.1, # Share of entries kept, at random
     seed:int=0, # Of the choice
 ) -> np.ndarray: # (out, in)
     "Σ of updates, entries dropped at random and the rest rescaled ([Yu et al. 2024](https://arxiv.org/abs/2311.03099)). Raises `ValueError`"
-    _check_share('density', density)
-    rng = np.random.default_rng(seed)
-    return sum(_f64(d)*(rng.random(d.shape)<density)/density for d in ds)
+    _check(density=density, seed=seed)
+    return sum(d*_chosen(d, density, seed)/density for d in map(_f64, ds))
 
-# %% ../nbs/35_subspace.ipynb #00000022
+def _chosen(d, density, seed):
+    "Random entries: others for another pattern of signs, and so for each layer and model"
+    rng = np.random.default_rng([seed, zlib.crc32(np.packbits(d>0))])
+    return rng.random(d.shape)<density
+
+# %% ../nbs/35_subspace.ipynb #00000024
 def slerp(
     ws:list, # (out, in) weights, not updates
     mix:list, # Coefficient of each, 0 or more
 ) -> np.ndarray: # (out, in)
     "Weighted mean on the sphere: SLERP for two ([Shoemake 1985](https://doi.org/10.1145/325165.325242)), the Karcher mean for more. Raises `ValueError`"
     mix = np.asarray(mix, float)
-    if len(mix)!=len(ws) or (mix<0).any() or not mix.sum():
+    if len(mix)!=len(ws) or not (mix>=0).all() or not 0<mix.sum()<np.inf:
         raise ValueError(f"coefficients are {mix.tolist()}: pass one of 0 or more per model")
     mix,norms = mix/mix.sum(),[np.linalg.norm(_f64(w)) for w in ws]
     if not all(norms): return sum(m*_f64(w) for m,w in zip(mix, ws))
     vs = [_f64(w)/n for w,n in zip(ws, norms)]
     mean = sum(m*v for m,v in zip(mix, vs))
     if np.linalg.norm(mean)<1e-9:
-        raise ValueError("the weights point in opposite directions: they have no mean on the sphere")
+        raise ValueError("the weights point in opposite directions: "
+            "they have no mean on the sphere; average them")
     mean /= np.linalg.norm(mean)
     for _ in range(100):
         step = sum(m*_log(mean, v) for m,v in zip(mix, vs))
@@ -164,7 +186,7 @@ def _log(p, v):
     n = np.linalg.norm(flat)
     return flat*(np.arctan2(n, (p*v).sum())/n) if n>1e-15 else np.zeros_like(p)
 
-# %% ../nbs/35_subspace.ipynb #00000026
+# %% ../nbs/35_subspace.ipynb #00000028
 @dataclass(frozen=True)
 class Operation:
     "An operation, and what it is applied to"
@@ -177,12 +199,12 @@ operations = dict(ridge_mean=ridge_mean, regmean=regmean,
     tsv_m=tsv_m, iso_c=iso_c, shrink_mean=shrink_mean, ties=ties, dare=dare, slerp=slerp)
 entrywise = {'ties','dare','slerp'} # Those that vectors can take, too
 
-# %% ../nbs/35_subspace.ipynb #00000027
+# %% ../nbs/35_subspace.ipynb #00000029
 def operation(
     text:str, # 'ridge_mean' or 'ridge_mean(eps=0.1)'
 ) -> Operation:
     "The operation that a plan names, its settings checked. Raises `ValueError`"
-    m = re.fullmatch(r'(\w+)(?:\((.*)\))?', text.strip())
+    m = re.fullmatch(r'(\w+)\s*(?:\((.*)\))?', str(text).strip())
     if not m or m[1] not in operations:
         raise ValueError(f"operation {text!r} is unknown: choose 'linear' or one of "
             f"{', '.join(operations)}, with settings in parentheses")
@@ -193,12 +215,18 @@ def operation(
         if k not in known:
             raise ValueError(f"operation {m[1]} has no setting {k!r}: it takes "
                 f"{', '.join(known) or 'none'}")
+        if k in settings: raise ValueError(f"{text} gives {k} twice: leave one of them")
         try: settings[k] = int(v) if k=='seed' else float(v)
-        except ValueError as e: raise ValueError(f"{text}: {k} is {v!r}, not a number") from e
+        except ValueError as e:
+            kind = 'an integer' if k=='seed' else 'a number'
+            raise ValueError(f"{text}: {k} is {v!r}, not {kind}") from e
+        try: _check(**{k: settings[k]})
+        except ValueError as e: raise ValueError(f"{text}: {e}") from e
+    settings = {k: settings[k] for k in known if k in settings}
     words = ', '.join(f'{k}={v!r}' for k,v in settings.items())
     return Operation(f, f'{m[1]}({words})' if words else m[1], m[1], settings)
 
-# %% ../nbs/35_subspace.ipynb #00000028
+# %% ../nbs/35_subspace.ipynb #0000002a
 def apply(
     op:Operation, # From `operation`
     ws:list, # Weights of the models, any one shape
@@ -212,9 +240,8 @@ def apply(
     with threadpool_limits(1, 'blas'):
         if op.name=='slerp': return slerp([flat(w) for w in ws], coefs).reshape(shape)
         ds = [c*(flat(w)-flat(base)) for c,w in zip(coefs, ws)]
-        if op.name=='regmean':
-            if grams is None:
-                raise ValueError("regmean needs the moments of each model's inputs: pass grams=")
-            return (flat(base)+op.f(ds, grams, **op.settings)).reshape(shape)
+        if op.name=='regmean' and grams is None:
+            raise ValueError("regmean needs the moments of each model's inputs: pass grams=")
         if not any(d.any() for d in ds): return _f64(base)
-        return (flat(base)+op.f(ds, **op.settings)).reshape(shape)
+        more = (grams,) if op.name=='regmean' else ()
+        return (flat(base)+op.f(ds, *more, **op.settings)).reshape(shape)
