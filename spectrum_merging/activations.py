@@ -8,7 +8,7 @@ Docs: https://spectrum.github.io/spectrum-merging/activations.html.md"""
 __all__ = ['Layer', 'layer_order', 'input_grams', 'match_layers']
 
 # %% ../nbs/66_activations.ipynb #00000003
-import copy, torch, torch.nn.functional as F
+import copy, numpy as np, torch, torch.nn.functional as F
 from collections.abc import Callable
 from dataclasses import dataclass
 from torch import Tensor, nn
@@ -109,19 +109,26 @@ def _listed(batches):
     return batches
 
 # %% ../nbs/66_activations.ipynb #0000000f
-def _moments(X, Z, shared):
-    "Centred moments of inputs and with targets, averaged over tasks; means used"
+def _moments(X, Z, centre):
+    "`(A, B)`: moments of inputs and with targets, averaged over tasks, for each half of the inputs"
+    res = []
+    for half in range(2):
+        A = B = 0
+        for t,(mx,mz) in centre.items():
+            x,z = X[t][half]-mx,Z[t][half]-mz
+            A = A + (x.T@x).double()/max(1, len(x))
+            B = B + (z.T@x).double()/max(1, len(x))
+        res.append((A, B))
+    return res
+
+def _centres(X, Z, shared, has_mean):
+    "Mean input and target per task, of all tasks together, or zero"
+    means = {t: [torch.cat(list(o[t])).mean(0) for o in (X, Z)] for t in X}
     if shared:
-        n = sum(map(len, X.values()))
-        mx,mz = (sum(o.sum(0) for o in A.values())/n for A in (X, Z))
-        centre = {t: (mx, mz) for t in X}
-    else: centre = {t: (X[t].mean(0), Z[t].mean(0)) for t in X}
-    A = B = 0
-    for t,(mx,mz) in centre.items():
-        x,z = X[t]-mx,Z[t]-mz
-        A = A + (x.T@x).double()/len(x)
-        B = B + (z.T@x).double()/len(x)
-    return A,B
+        n = {t: sum(map(len, o)) for t,o in X.items()}
+        both = [sum(n[t]*means[t][i] for t in X)/sum(n.values()) for i in range(2)]
+        means = dict.fromkeys(X, both)
+    return means if has_mean else {t: [torch.zeros_like(o) for o in m] for t,m in means.items()}
 
 def _solve(A, B, W0, ridge):
     "Ridge regression towards `W0`, scaled per channel; inputs that never vary keep it"
@@ -133,11 +140,21 @@ def _solve(A, B, W0, ridge):
     A,B,P = A[live][:,live],B[:,live],W0[:,live]
     rho = ridge*A.diagonal().mean()
     A = A+rho*torch.eye(len(A), dtype=A.dtype, device=A.device)
-    W = W0.clone()
     L,bad = torch.linalg.cholesky_ex(A)
-    top = (B+rho*P).T
+    top,W = (B+rho*P).T,W0.clone()
     W[:,live] = (torch.linalg.solve(A, top) if bad else torch.cholesky_solve(top, L)).T
     return W
+
+def _regress(halves, W0, ridge):
+    "Fit with the ridge (times a power of ten) that serves the other half of the images best"
+    (A,B),(A2,B2) = halves
+    best = None
+    for r in ridge*10.**np.arange(6):
+        W = _solve(A, B, W0, r)
+        error = ((W@A2)*W).sum()-2*(W*B2).sum()
+        if best and error>=best[0]: break
+        best = error,r
+    return _solve(A+A2, B+B2, W0, best[1])
 
 def _fit_bn(models, bn, Y, Z, shared):
     "Statistics of the outputs `Y`; scale and shift that bring them closest to `Z`"
@@ -160,12 +177,31 @@ def _fit_bn(models, bn, Y, Z, shared):
             m.weight.copy_(gain)
             m.bias.copy_(z-gain*u)
 
-def _capture(model, batches, name, stop, what):
-    "Inputs or outputs of the module `name` on all batches"
+def _inputs(model, batches, name):
+    "What enters the module `name`, on all batches"
     found = []
-    for x in batches:
-        _run(model, x, [name], lambda k, i, o: found.append((i if what=='in' else o)), stop)
-    return torch.cat([o.float() for o in found])
+    for x in batches: _run(model, x, [name], lambda k, i, o: found.append(i), name)
+    return torch.cat(found)
+
+def _targets(model, batches, names, limit=1<<27):
+    "Outputs of the modules `names`, one after the other; as many per pass as `limit` numbers allow"
+    size,group = {},[]
+    _run(model, batches[0], names, lambda k, i, o: size.update({k: o.numel()*len(batches)}))
+    for j,k in enumerate(names):
+        group.append(k)
+        if j+1<len(names) and sum(map(size.get, group))+size[names[j+1]] <= limit: continue
+        found = {o: [] for o in group}
+        for x in batches: _run(model, x, group, lambda k, i, o: found[k].append(o), group[-1])
+        for o in group: yield torch.cat(found.pop(o))
+        group = []
+
+def _halves(rows, images, most=1<<14):
+    "Rows of the first and of the second half of the images, at most `most` of each, at random"
+    cut = len(rows)//images*(images//2) or len(rows)
+    def some(o):
+        g = torch.Generator().manual_seed(0)
+        return o if len(o)<=most else o[torch.randperm(len(o), generator=g)[:most].to(o.device)]
+    return some(rows[:cut]),some(rows[cut:])
 
 def _check_fit(models, batches, statistics, ridge):
     if statistics not in ('shared', 'per task'):
@@ -178,9 +214,10 @@ def _check_fit(models, batches, statistics, ridge):
 def _fit(layer, models, mods, X, Z, shared, ridge):
     "Set weight, bias and BatchNorm of one layer in all models"
     first = next(iter(mods.values()))
-    A,B = (_moments(X, Z, shared or not layer.bn) if layer.bn or first.bias is not None
-        else _raw_moments(X, Z))
-    W = _solve(A, B, first.weight.flatten(1), ridge).float()
+    halves = _moments(X, Z, _centres(X, Z, shared or not layer.bn,
+        layer.bn or first.bias is not None))
+    W = _regress(halves, first.weight.flatten(1), ridge).float()
+    X,Z = ({t: torch.cat(v) for t,v in o.items()} for o in (X, Z))
     Y = {t: o@W.T for t,o in X.items()}
     if layer.bn: _fit_bn(models, layer.bn, Y, Z, shared)
     shift = sum((Z[t]-Y[t]).mean(0) for t in Y)/len(Y)
@@ -195,7 +232,7 @@ def match_layers(
     batches:dict, # `{task: list of unlabelled inputs}`, as the models take them
     *,
     statistics:str='shared', # BatchNorm statistics 'shared' by all tasks or 'per task'
-    ridge:float=.03, # In units of the inputs' mean variance; large keeps the start
+    ridge:float=.03, # Smallest, in units of the inputs' mean variance; large keeps the start
     heads:list=None, # Prefixes of task heads, which stay; None goes by the usual names
     progress:Callable=None, # Called with the number of layers done and their total
 ) -> dict: # `{task: module}`; they share all weights, and with 'shared' all of the body
@@ -207,13 +244,14 @@ def match_layers(
     models = {t: copy.deepcopy(merged).eval() for t in experts}
     was = {t: o.training for t,o in experts.items()}
     for o in experts.values(): o.eval()
+    goals = {t: _targets(o, batches[t], [l.bn or l.name for l in layers])
+        for t,o in experts.items()}
     for i,layer in enumerate(layers):
         mods = {t: o.get_submodule(layer.name) for t,o in models.items()}
-        first,stop = next(iter(mods.values())),layer.bn or layer.name
-        X,Z = {},{}
+        first,X,Z = next(iter(mods.values())),{},{}
         for t in models:
-            X[t] = _patches(_capture(models[t], batches[t], layer.name, layer.name, 'in'), first)
-            Z[t] = _rows(_capture(experts[t], batches[t], stop, stop, 'out'))
+            x,n = _inputs(models[t], batches[t], layer.name),sum(map(len, batches[t]))
+            X[t],Z[t] = _halves(_patches(x, first), n),_halves(_rows(next(goals[t])), n)
         with _full_precision(first.weight): _fit(layer, models, mods, X, Z, shared, ridge)
         if progress: progress(i+1, len(layers))
     for t,o in experts.items(): o.train(was[t])
@@ -221,8 +259,3 @@ def match_layers(
         if v.is_floating_point() and not v.isfinite().all()]
     if bad: raise ValueError(f"{bad[0]} came out as NaN or Inf: check inputs and models")
     return models
-
-def _raw_moments(X, Z):
-    "Moments about zero, for layers without a bias"
-    return (sum((x.T@x).double()/len(x) for x in X.values()),
-        sum((Z[t].T@x).double()/len(x) for t,x in X.items()))

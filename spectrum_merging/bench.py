@@ -6,7 +6,7 @@ Docs: https://spectrum.github.io/spectrum-merging/bench.html.md"""
 
 # %% auto #0
 __all__ = ['sizes', 'llama_config', 'make_llama', 'watched', 'machine', 'bench_engine', 'bench_memory', 'bert_matrices',
-           'bench_scan', 'bench_scan_memory']
+           'bench_scan', 'bench_scan_memory', 'bench_sweep']
 
 # %% ../nbs/92_bench.ipynb #00000003
 import json, numpy as np, os, pandas as pd, platform, shutil, statistics, subprocess, sys, time
@@ -278,3 +278,60 @@ def bench_scan_memory(
         return pd.DataFrame([dict(
             gigabytes=sum(o.stat().st_size for o in a.glob('*.safetensors'))/1e9,
             seconds=t, MiB=mib)])
+
+# %% ../nbs/92_bench.ipynb #0000001d
+def _plain_sweep(bench, plans):
+    "`{(plan, task): classes}`, plan by plan in float32"
+    import torch
+    from torchvision.models import resnet18
+    res = {}
+    for label,plan in plans.items():
+        sd,coefs = {},plan.table.set_index('name')[plan.models]
+        for k,v in next(iter(bench.experts.values())).items():
+            parts = [(c, bench.experts[m][k]) for m,c in coefs.loc[k].items() if c]
+            sd[k] = sum(c*w for c,w in parts) if v.is_floating_point() else v
+        model = resnet18(num_classes=len(sd['fc.bias']))
+        model.load_state_dict(sd)
+        model.eval()
+        with torch.no_grad():
+            for t,task in bench.tasks.items():
+                x = ((task.test_x.float()-72)/90).expand(-1, 3, -1, -1)
+                res[label, t] = torch.cat([model(b).argmax(1) for b in x.split(128)]).numpy()
+    return res
+
+def bench_sweep(
+    data=None, # Folder of FashionMNIST/raw, KMNIST/raw; else SPECTRUM_DATA, download, digits
+    budget=None, # `Budget`; by default the full one
+    repeats:int=3, # How often the sweep runs; the plain loop runs once
+    cache=None, # Folder of trained experts; by default `cache_dir`
+    thresholds=(3, 5, 15, 25), # Of the SNR
+) -> pd.DataFrame: # Contestant, seconds, ratio, plans, distinct plans, largest accuracy difference
+    "The paper's grid on ResNet-18 with all test images, against a plain float32 loop"
+    import numpy as np
+    from spectrum_merging.plan import make_plan
+    from spectrum_merging.run import Bench, paper_strategies
+    from spectrum_merging.vision import full, load_tasks
+    lab = Bench(load_tasks(data), budget or full, cache=cache, progress=False)
+    plans = {(s, t): make_plan(s, lab.experts, estimator='paper_vision', protocol='paper',
+        threshold=t, scans=lab.weight_scans) for s in paper_strategies for t in thresholds}
+    def sweep(folder):
+        lab.cache = Path(folder)
+        return {(k, t): p for k,plan in plans.items()
+            for t,p in lab.predict(lab.planned(plan), head='merged').items()}
+    took = []
+    for _ in range(repeats):
+        with TemporaryDirectory() as d:
+            start = time.perf_counter()
+            ours = sweep(d)
+            took.append(time.perf_counter()-start)
+    start = time.perf_counter()
+    plain = _plain_sweep(lab, plans)
+    slow = time.perf_counter()-start
+    def acc(p, k): return (p[k]==lab.labels['test'][k[1]]).mean()
+    worst = max(abs(acc(ours, k)-acc(plain, k)) for k in plain)
+    images = sum(len(t.test_x) for t in lab.tasks.values())
+    about = dict(plans=len(plans), distinct=len({p.digest for p in plans.values()}), images=images)
+    return pd.DataFrame([dict(contestant='sweep', seconds=statistics.median(took), ratio=1., **about,
+            worst_accuracy_difference=worst),
+        dict(contestant='plain float32 loop', seconds=slow, ratio=slow/statistics.median(took),
+            **about, worst_accuracy_difference=0.)])

@@ -147,7 +147,7 @@ def verify_cli(
 @_says_errors
 def bench_cli(
     what:Annotated[str, "What to measure",
-        dict(choices=['engine','memory','scan','scan-memory','all'])],
+        dict(choices=['engine','memory','scan','scan-memory','sweep','all'])],
     gigabytes:float=1.5, # Size of each model: 0.1, 1.5 or 6
     repeats:int=5, # How often each contestant runs
     folder:str=None, # Where the files go (12 GB for 'engine'); a temporary folder by default
@@ -160,7 +160,8 @@ def bench_cli(
     runs = {'engine': lambda: b.bench_engine(gigabytes, repeats, folder),
         'memory': lambda: b.bench_memory(folder=folder),
         'scan': lambda: b.bench_scan(repeats=repeats),
-        'scan-memory': lambda: b.bench_scan_memory(gigabytes, folder)}
+        'scan-memory': lambda: b.bench_scan_memory(gigabytes, folder),
+        'sweep': lambda: b.bench_sweep(repeats=repeats)}
     print(b.machine())
     for k,f in runs.items():
         if what not in (k, 'all'): continue
@@ -177,9 +178,10 @@ def run_cli(
     experiment:Annotated[str, "Which experiment: vision", dict(choices=['vision'])],
     data:str=None, # Folder of FashionMNIST/raw, KMNIST/raw; else $SPECTRUM_DATA, download, digits
     out:str=None, # New folder for results; by default results/vision-<time>
-    quick:bool=False, # Small budget: one or two minutes instead of twenty
+    quick:bool=False, # Small budget: minutes instead of half an hour
     base:str='rotation', # rotation, imagenet, or a .safetensors file of ResNet-18
-    seed:int=0, # Of base and experts
+    seed:int=0, # First seed of the experts, and that of the base
+    seeds:int=1, # How many experts per task; intervals need 2 or more
     cache:str=None, # Folder of experts, predictions; by default $SPECTRUM_CACHE or the user's cache
 ):
     "Train or load experts, merge them by every strategy, evaluate, write tables and figures"
@@ -188,11 +190,11 @@ def run_cli(
     from spectrum_merging.run import new_folder, run_vision, tables
     from spectrum_merging.vision import full, quick as quick_budget
     out = new_folder(out, experiment)
-    rows,bench = run_vision(data, out, budget=quick_budget if quick else full, base=base,
-        seed=seed, cache=cache)
-    for t in bench.tasks.values(): print(t)
+    res = run_vision(data, out, budget=quick_budget if quick else full, base=base, seed=seed,
+        seeds=seeds, cache=cache)
+    for t in res.bench.tasks.values(): print(t)
     with pd.option_context('display.width', 200):
-        for title,df in tables(rows).items(): print(f'\n{title}\n{df.to_string(index=False)}')
+        for title,df in tables(res).items(): print(f'\n{title}\n{df.to_string(index=False)}')
     print(f'\nResults and figures are in {out}')
 
 # %% ../nbs/95_cli.ipynb #00000017

@@ -100,7 +100,7 @@ def plot_bars(
     rows = rows.assign(**{c: '' for c in ('_hue','_panel')})
     if hue: rows['_hue'] = rows[hue]
     if panel: rows['_panel'] = rows[panel]
-    per = rows.groupby(['_panel', x, '_hue', 'seed'], sort=False).normalised.mean()
+    per = rows.groupby(['_panel', x, '_hue', 'seed']).normalised.mean()
     groups,hues,panels = (list(dict.fromkeys(rows[c])) for c in (x, '_hue', '_panel'))
     fig = Figure(figsize=(8, height), dpi=44, layout='constrained')
     axs = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]

@@ -6,16 +6,18 @@ Docs: https://spectrum.github.io/spectrum-merging/vision.html.md"""
 
 # %% auto #0
 __all__ = ['full', 'quick', 'Task', 'digits_tasks', 'load_tasks', 'fast', 'prepare', 'resnet18', 'predict', 'accuracy', 'Folded',
-           'train', 'digest', 'cached', 'Budget', 'make_base', 'make_expert']
+           'train', 'digest', 'cached', 'Budget', 'make_base', 'make_expert', 'make_experts']
 
 # %% ../nbs/80_vision.ipynb #00000003
-import hashlib, json, os, socket, torch, torch.nn.functional as F, torchvision
+import hashlib, json, os, pickle, socket, subprocess, sys, time, torch, torch.nn.functional as F, torchvision
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from safetensors.torch import load_file, save_file
+from threading import Thread
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from .checkpoint import atomic, cache_dir
+from .checkpoint import atomic, cache_dir, n_cores
 
 # %% ../nbs/80_vision.ipynb #00000007
 @dataclass(frozen=True)
@@ -318,7 +320,8 @@ def cached(
 @dataclass(frozen=True)
 class Budget:
     "How long to train and how much to evaluate"
-    base_epochs:int=2 # Rotation prediction
+    base_epochs:int=4 # Rotation prediction
+    base_lr:float=.05 # Highest learning rate of the base
     expert_steps:int=1800 # SGD steps per expert at least
     max_epochs:int=12 # Epochs per expert at most
     lr:float=.03 # Highest learning rate of experts
@@ -328,10 +331,16 @@ class Budget:
     calibration:int=1000 # Unlabelled images per task for BatchNorm
 
 full = Budget()
-quick = Budget(base_epochs=1, expert_steps=250, max_epochs=12, lr=.05, batch=64, train=4000,
+quick = Budget(base_epochs=1, base_lr=.1, expert_steps=250, max_epochs=12, lr=.05, batch=64, train=4000,
     test=1000)
 
 # %% ../nbs/80_vision.ipynb #00000020
+def _recipe(task, base_key, budget, seed):
+    "All that makes an expert"
+    epochs = min(-(-budget.expert_steps*budget.batch//len(task.x)), budget.max_epochs)
+    return dict(kind='expert', version=1, base=base_key, data=digest(task.x, task.y),
+        epochs=epochs, lr=budget.lr, batch=budget.batch, seed=seed)
+
 def make_base(
     tasks:dict, # `{name: Task}`
     budget:Budget=full,
@@ -352,10 +361,11 @@ def make_base(
         sd = load_file(base)
         return sd,digest('file', *sd.values())
     x = torch.cat([t.x for t in tasks.values()])
-    recipe = dict(kind='rotation', version=1, data=digest(x), epochs=budget.base_epochs, lr=.1,
-        batch=budget.batch, seed=seed)
+    recipe = dict(kind='rotation', version=1, data=digest(x), epochs=budget.base_epochs,
+        lr=budget.base_lr, batch=budget.batch, seed=seed)
     return cached(recipe, lambda tmp: train(resnet18(4, seed=seed), x, epochs=budget.base_epochs,
-        lr=.1, batch=budget.batch, seed=seed, resume=tmp, label='base', progress=progress), cache)
+        lr=budget.base_lr, batch=budget.batch, seed=seed, resume=tmp, label='base', progress=progress),
+        cache)
 
 # %% ../nbs/80_vision.ipynb #00000021
 def make_expert(
@@ -367,10 +377,63 @@ def make_expert(
     progress:bool=True,
 ) -> tuple[dict, str]: # State dict, its hash
     "The base fine-tuned on a task"
-    sd,key = base
-    epochs = min(-(-budget.expert_steps*budget.batch//len(task.x)), budget.max_epochs)
-    recipe = dict(kind='expert', version=1, base=key, data=digest(task.x, task.y), epochs=epochs,
-        lr=budget.lr, batch=budget.batch, seed=seed)
+    sd,recipe = base[0],_recipe(task, base[1], budget, seed)
     return cached(recipe, lambda tmp: train(resnet18(task.classes, sd, seed), task.x, task.y,
-        epochs=epochs, lr=budget.lr, batch=budget.batch, seed=seed, resume=tmp, label=task.name,
+        epochs=recipe['epochs'], lr=budget.lr, batch=budget.batch, seed=seed, resume=tmp, label=task.name,
         progress=progress), cache)
+
+# %% ../nbs/80_vision.ipynb #00000023
+def _child():
+    "Train one expert in a process of its own; the job comes through standard input"
+    parent = os.getppid()
+    def watch():
+        while os.getppid()==parent: time.sleep(1)
+        os._exit(1)
+    Thread(target=watch, daemon=True).start()
+    try: make_expert(*pickle.load(sys.stdin.buffer), progress=False)
+    except ValueError as e:
+        print(e, file=sys.stderr)
+        sys.exit(3)
+
+def _in_child(job, running):
+    "Run `_child`; raise its error"
+    p = subprocess.Popen([sys.executable, '-c', 'from spectrum_merging.vision import _child; _child()'],
+        stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    running.append(p)
+    _,err = p.communicate(pickle.dumps(job))
+    text = err.decode(errors='replace').strip()
+    if p.returncode==3: raise ValueError(text)
+    if p.returncode: raise RuntimeError(f"training {job[0].name} ended with status {p.returncode}: "
+        f"{text.splitlines()[-1] if text else 'killed; is there enough memory?'}")
+
+def make_experts(
+    jobs:list, # `(Task, Budget, seed)` of each expert
+    base:tuple[dict, str], # From `make_base`
+    cache=None, # Folder; by default `cache_dir`
+    progress:bool=True,
+    n_workers:int=None, # Processes; by default one per core
+) -> list: # `(state dict, hash)` of each
+    "Experts of one base, trained side by side where that pays. Raises as `train`"
+    cache,n = Path(cache or cache_dir()),n_workers or n_cores()
+    def steps(t, b, s):
+        r = _recipe(t, base[1], b, s)
+        done = (cache/'models'/digest(r)/'model.safetensors').exists()
+        return 0 if done else r['epochs']*(len(t.x)//b.batch)
+    work = {i: k for i,o in enumerate(jobs) if (k := steps(*o)) >= 200}
+    running = []
+    if len(work)>1 and n>1 and _device()=='cpu':
+        bar = tqdm(total=sum(work.values()), desc='experts', unit='step', disable=not progress,
+            leave=False)
+        with ThreadPoolExecutor(min(n, len(work))) as pool:
+            try:
+                todo = {pool.submit(_in_child, (t, base, b, s, cache), running): i
+                    for i in sorted(work, key=lambda i: -work[i]) for t,b,s in [jobs[i]]}
+                for f in as_completed(todo):
+                    f.result()
+                    bar.update(work[todo[f]])
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for p in running: p.kill()
+                raise
+            finally: bar.close()
+    return [make_expert(t, base, b, s, cache, progress) for t,b,s in jobs]

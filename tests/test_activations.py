@@ -1,0 +1,110 @@
+"Layers are found in running order, their inputs measured, and fitted to what experts compute."
+import pytest, torch, torch.nn.functional as F
+from torch import nn
+from spectrum_merging.activations import (Layer, _patches, _rows, input_grams, layer_order,
+    match_layers)
+
+def seeded(f, seed):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return f().eval()
+
+def cnn(): return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+    nn.Conv2d(8, 12, 3, stride=2, bias=False), nn.BatchNorm2d(12), nn.ReLU(), nn.Flatten(),
+    nn.Linear(12*9, 4))
+def mlp(): return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16, bias=False), nn.ReLU(),
+    nn.Linear(16, 3))
+def images(n=256, seed=0, shape=(3, 8, 8)):
+    return torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
+
+@pytest.mark.parametrize('how', [dict(), dict(stride=2), dict(padding=1), dict(padding=(2, 0)),
+    dict(dilation=2, padding=2), dict(padding='same'), dict(padding='same', dilation=(1, 2)),
+    dict(padding='valid'), dict(kernel_size=1), dict(kernel_size=1, stride=2),
+    dict(kernel_size=1, padding=1), dict(kernel_size=(2, 3), stride=(1, 2)),
+    dict(kernel_size=(4, 2), padding='same')], ids=str)
+def test_patches(how):
+    "A convolution is its patches times its matrix"
+    m = seeded(lambda: nn.Conv2d(3, 5, **dict(kernel_size=3, bias=False) | how), 0)
+    x = images(4)
+    with torch.no_grad(): z = m(x)
+    torch.testing.assert_close(_patches(x, m)@m.weight.flatten(1).T, _rows(z), atol=1e-5, rtol=1e-5)
+
+def test_layer_order():
+    net = seeded(cnn, 0)
+    assert layer_order(net, images(4), heads=['7'])==[Layer('0', '1'), Layer('3', '4')]
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.late,self.early = nn.Linear(4, 4),nn.Linear(6, 4)
+            self.fc = nn.Linear(4, 2)
+        def forward(self, x): return self.fc(self.late(self.early(x)).relu())
+    net = Odd().train()
+    assert [o.name for o in layer_order(net, torch.randn(8, 6))]==['early','late']
+    assert net.training
+    net.late = net.fc = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match='runs 2 times'): layer_order(net, torch.randn(8, 6))
+    with pytest.raises(ValueError, match='no convolution or linear'):
+        layer_order(nn.Sequential(nn.ReLU()), torch.randn(8, 6))
+
+def test_grouped_convolutions_stay():
+    net = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(8, 2))
+    x = images(64, shape=(4, 3, 3))
+    assert [o.name for o in layer_order(net, x, heads=['3'])]==['0']
+    fitted = match_layers(net, dict(a=seeded(lambda: nn.Sequential(nn.Conv2d(4, 8, 1),
+        nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(8, 2)), 1)), dict(a=[x]), heads=['3'])
+    assert fitted['a'][1].weight.equal(net[1].weight)
+
+def test_input_grams():
+    net,x = seeded(cnn, 0),images(32)
+    grams = input_grams(net, [x[:16], x[16:]], heads=['7'])
+    assert list(grams)==['0.weight','3.weight']
+    u = F.unfold(x, 3, padding=1).transpose(1, 2).reshape(-1, 27)
+    torch.testing.assert_close(grams['0.weight'], u.T@u/len(u), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match='empty'): input_grams(net, [])
+
+@pytest.mark.parametrize('statistics', ['shared','per task'])
+@pytest.mark.parametrize('make,x,heads', [(cnn, images(600), ['7']),
+    (mlp, images(600, shape=(6,)), ['4'])], ids=['cnn','mlp'])
+def test_one_expert_is_found_again(make, x, heads, statistics):
+    "From any start, the fit to one model computes what that model computes"
+    expert,start = seeded(make, 1),seeded(make, 2)
+    before = {k: v.clone() for o in (expert, start) for k,v in o.state_dict().items()}
+    fitted = match_layers(start, dict(a=expert), dict(a=list(x.split(200))), statistics=statistics,
+        ridge=1e-7, heads=heads)['a']
+    with torch.no_grad(): a,b = fitted[:-1](x),expert[:-1](x)
+    assert ((a-b)**2).mean() < 1e-4*b.var()
+    assert all(v.equal(before[k]) for k,v in start.state_dict().items())
+    assert fitted[-1].weight.equal(start[-1].weight)
+
+@pytest.mark.parametrize('seed', range(3))
+def test_better_than_averaging(seed):
+    "Two experts from one base: fitted layers are closer to both than their mean"
+    base = seeded(cnn, seed)
+    x = {t: images(500, i)*s for i,(t,s) in enumerate(dict(a=1., b=.5).items())}
+    experts = {}
+    for i,t in enumerate(x):
+        experts[t] = seeded(cnn, seed)
+        g = torch.Generator().manual_seed(10+i)
+        for p in experts[t].parameters(): p.data += .1*torch.randn(p.shape, generator=g)
+    mean = seeded(cnn, seed)
+    mean.load_state_dict({k: sum(e.state_dict()[k] for e in experts.values())/2
+        for k in base.state_dict()})
+    def error(m, t):
+        with torch.no_grad(): a,b = m[:-1](x[t]),experts[t][:-1](x[t])
+        return (((a-b)**2).mean()/b.var()).item()
+    fitted = match_layers(mean, experts, {t: [o] for t,o in x.items()}, heads=['7'])
+    assert sum(error(fitted[t], t) for t in x) < .7*sum(error(mean, t) for t in x)
+    a,b = (o.state_dict() for o in fitted.values())
+    assert all(v.equal(b[k]) for k,v in a.items())
+
+def test_modes_and_wrong_input():
+    net,x = seeded(cnn, 0).train(),[images(64)]
+    expert = seeded(cnn, 1).train()
+    fitted = match_layers(net, dict(a=expert), dict(a=x), heads=['7'])
+    assert net.training and expert.training and not fitted['a'].training
+    for how,words in ((dict(statistics='own'), "choose 'shared'"), (dict(ridge=0.), 'positive')):
+        with pytest.raises(ValueError, match=words): match_layers(net, dict(a=net), dict(a=x), **how)
+    with pytest.raises(ValueError, match='same tasks'): match_layers(net, dict(a=net), dict(b=x))
+    with pytest.raises(ValueError, match='empty'): match_layers(net, dict(a=net), dict(a=[]))
+    dead = match_layers(net, dict(a=expert), dict(a=[torch.zeros(32, 3, 8, 8)]), heads=['7'])['a']
+    assert all(v.isfinite().all() for v in dead.state_dict().values() if v.is_floating_point())

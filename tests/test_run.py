@@ -1,0 +1,183 @@
+"The vision experiment as a whole, small: every table, resumed after a kill, read by the panel."
+import os, signal, subprocess, sys, time
+from dataclasses import replace
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch
+from spectrum_merging.evaluate import control_scans, controls, holm, mcnemar, shapley
+from spectrum_merging.run import (Bench, Weights, _calibrate, _joint, attribution, figures,
+    run_vision, tables)
+from spectrum_merging.vision import (Budget, Folded, digits_tasks, make_base, make_experts, prepare,
+    resnet18)
+
+tiny = Budget(base_epochs=1, expert_steps=30, max_epochs=3, lr=.05, batch=64, train=320, test=100,
+    calibration=64)
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory): return tmp_path_factory.mktemp('cache')
+
+@pytest.fixture(scope='module')
+def results(cache, tmp_path_factory):
+    out = tmp_path_factory.mktemp('run')/'out'
+    return run_vision(out=out, tasks=digits_tasks(), budget=tiny, tops=[50], cache=cache, seeds=2,
+        progress=False),out
+
+def test_every_table(results):
+    res,out = results
+    found = tables(res)
+    assert all(len(o) for o in found.values())
+    r = res.rows
+    assert set(r.table)=={'reference','paper','grid','images','barrier','rough','factorial','methods',
+        'controls','joint','three'}
+    assert r.normalised.notna().all() and r.accuracy.between(0, 1).all()
+    assert (r.lo<=r.accuracy).all() and (r.accuracy<=r.hi).all()
+    for t in ('reference','paper','factorial','methods','controls','joint','three'):
+        assert set(r[r.table==t].seed)=={0, 1}
+    assert set(r[r.table.isin(['grid','images','barrier'])].split)=={'held'} # never test images
+    own = r[(r.table=='reference') & r.method.str.contains('own head') & r.method.str.startswith('expert')]
+    own = own[[t in m for t,m in zip(own.task, own.method)]]
+    assert np.allclose(own.normalised, 1)
+    f = r[r.table=='factorial']
+    assert len(f)==2*2*2*3*4
+    assert {p.name for p in out.iterdir()} >= {'results.csv','results.json','scans','variance.csv',
+        'factorial.png','thresholds.png','controls.png'}
+    assert all(o.size>0 for o in out.glob('*.png') for o in [pd.Series(o.stat().st_size)])
+
+def test_causes_add_up(results):
+    a = attribution(results[0])
+    assert np.allclose(a.sum(axis=1), 1) and len(a)==2
+
+def test_panel_reads_it(results):
+    from spectrum_merging.explore import MergePanel
+    panel = MergePanel.from_folder(results[1])
+    panel.strategy.value = 'snr_winner'
+    assert 'digits' in panel.text.value
+
+def test_same_again_from_cache(results, cache):
+    "A second run takes everything from the cache and says the same"
+    start = time.perf_counter()
+    again = run_vision(out=False, tasks=digits_tasks(), budget=tiny, tops=[50], cache=cache, seeds=2,
+        progress=False)
+    cols = ['table','seed','method','bn','task','accuracy']
+    pd.testing.assert_frame_equal(again.rows[cols], results[0].rows[cols])
+    assert again.chosen==results[0].chosen
+
+killed = '''
+import sys
+from spectrum_merging.run import run_vision
+from spectrum_merging.vision import Budget, digits_tasks
+b = Budget(base_epochs=1, expert_steps=30, max_epochs=3, lr=.05, batch=64, train=320, test=100,
+    calibration=64)
+run_vision(out=sys.argv[2], tasks=digits_tasks(), budget=b, tops=[50], cache=sys.argv[1], seeds=2,
+    progress=False)
+'''
+
+def test_kill_and_continue(results, cache, tmp_path):
+    "Killed while predictions are written: nothing half-written, and the next run ends the same"
+    import shutil
+    (tmp_path/'cache').mkdir()
+    shutil.copytree(cache/'models', tmp_path/'cache/models')
+    p = subprocess.Popen([sys.executable, '-c', killed, tmp_path/'cache', tmp_path/'out'],
+        env=os.environ | dict(OMP_NUM_THREADS='1'))
+    for _ in range(1200):
+        if len(list((tmp_path/'cache').glob('predictions/*.npz')))>10 or p.poll() is not None: break
+        time.sleep(.1)
+    p.send_signal(signal.SIGKILL)
+    assert p.wait()==-signal.SIGKILL and not (tmp_path/'out').exists()
+    for o in (tmp_path/'cache').glob('predictions/*.npz'): np.load(o, allow_pickle=False).close()
+    again = run_vision(out=tmp_path/'out', tasks=digits_tasks(), budget=tiny, tops=[50],
+        cache=tmp_path/'cache', seeds=2, progress=False)
+    a,b = again.rows,results[0].rows
+    assert (abs(a.accuracy-b.accuracy) < .05).all() # other threads, other rounding
+
+@pytest.mark.parametrize('seed', range(3))
+def test_folded_network(seed):
+    "BatchNorm folded, kernels as matrices: the same logits as torchvision's network"
+    g = torch.Generator().manual_seed(seed)
+    net = resnet18(7, seed=seed).eval()
+    sd = {k: (torch.rand(v.shape, generator=g)+.5 if k.endswith(('running_var','.weight')) and v.dim()==1
+        else .1*torch.randn(v.shape, generator=g) if v.dim()==1 else v)
+        for k,v in net.state_dict().items()}
+    net.load_state_dict(sd)
+    x = torch.randint(0, 256, (20, 1, 32, 32), generator=g, dtype=torch.uint8)
+    with torch.inference_mode(): want = net(prepare(x)).cpu()
+    got = Folded(sd, dict(a=(sd['fc.weight'], sd['fc.bias'])), fast=False)(x)['a']
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4*want.abs().max().item())
+    near = Folded(sd, dict(a=(sd['fc.weight'], sd['fc.bias'])))(x)['a']
+    assert (near-want).abs().max() < .05*want.abs().max()
+
+big = '''
+import sys
+from spectrum_merging.vision import *
+t = digits_tasks()
+b = Budget(base_epochs=1, expert_steps=400, max_epochs=100, batch=32)
+base = make_base({k: o.limit(320) for k,o in t.items()}, b, cache=sys.argv[1], progress=False)
+make_experts([(o.limit(320), b, 0) for o in t.values()], base, sys.argv[1], False)
+'''
+
+def test_children_end_with_their_parent(tmp_path):
+    "Experts trained side by side: kill -9 of the parent ends the children; the rest is reused"
+    p = subprocess.Popen([sys.executable, '-c', big, tmp_path])
+    for _ in range(1200):
+        if len(list(tmp_path.rglob('unfinished.pt')))>=2 or p.poll() is not None: break
+        time.sleep(.1)
+    kids = subprocess.run(['pgrep','-P',str(p.pid)], capture_output=True, text=True).stdout.split()
+    assert kids
+    p.kill()
+    p.wait()
+    for _ in range(100):
+        if not any(Path(f'/proc/{k}').exists() for k in kids): break
+        time.sleep(.1)
+    assert not any(Path(f'/proc/{k}').exists() for k in kids)
+    assert subprocess.run([sys.executable, '-c', big, tmp_path]).returncode==0
+    assert len(list(tmp_path.rglob('model.safetensors')))==3
+
+def test_child_error_is_told(tmp_path):
+    tasks = {k: t.limit(320) for k,t in digits_tasks().items()}
+    b = replace(tiny, expert_steps=300, max_epochs=100, lr=1e30, batch=32)
+    base = make_base(tasks, tiny, cache=tmp_path, progress=False)
+    with pytest.raises(ValueError, match='diverged.*lower lr'):
+        make_experts([(t, b, 0) for t in tasks.values()], base, tmp_path, False, n_workers=2)
+
+def test_equal_merges_are_evaluated_once(cache):
+    b = Bench(digits_tasks(), tiny, cache=cache, progress=False)
+    calls = []
+    def make():
+        calls.append(1)
+        return b.alone('digits 0-4').body
+    for _ in range(3): b.predict(Weights('counted', make))
+    assert len(calls)==1
+
+def test_calibrated_logits():
+    "A head that shouts is turned down"
+    rng = np.random.default_rng(0)
+    def z(loud, right): return {'a': rng.normal(0, 1, (300, 3))+4*np.eye(3)[right % 3]*(right<3)[:,None],
+        'b': loud*(rng.normal(0, 1, (300, 3))+4*np.eye(3)[right % 3]*(right>=3)[:,None])}
+    labels = dict(a=rng.integers(0, 3, 300), b=rng.integers(3, 6, 300))
+    logits = {t: z(8., labels[t]) for t in 'ab'}
+    scale = _calibrate(logits, labels)
+    def acc(s): return np.mean([(_joint(logits[t], ['a','b'], s).argmax(1)==labels[t]).mean()
+        for t in 'ab'])
+    assert acc(scale) > acc(None)+.1
+
+def test_controls_keep_the_budget(results):
+    scans = results[0].bench.update_scans
+    for kind in controls:
+        got = control_scans(scans, kind, 3)
+        again = control_scans(scans, kind, 3)
+        for t,df in got.items():
+            assert df.snr.equals(again[t].snr) and df.attrs==scans[t].attrs
+            assert df.snr.nunique()==len(df) and (df.name==scans[t].name).all()
+    with pytest.raises(ValueError, match='choose one of'): control_scans(scans, 'best')
+
+def test_statistics():
+    rng = np.random.default_rng(0)
+    y = np.zeros(2000, int)
+    a,b = ((rng.random(2000) > p).astype(int)*0+(rng.random(2000) < p) for p in (.1, .1))
+    assert mcnemar(a, a, y)['p']==1
+    assert mcnemar((rng.random(2000)<.1), (rng.random(2000)<.2), y)['p'] < 1e-6
+    ps = np.array([.001, .2, .01, .04])
+    assert (holm(ps)>=ps).all() and (holm(ps)<=1).all() and holm(ps)[0]==.004
+    f = frozenset
+    v = {f(): 0., f('a'): 1., f('b'): 2., f('ab'): 5.}
+    assert shapley(v)=={'a': 2., 'b': 3.}
+    with pytest.raises(ValueError, match='no score'): shapley({f(): 0., f('ab'): 1.})
