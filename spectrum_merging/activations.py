@@ -184,18 +184,18 @@ def _inputs(model, batches, name):
     return torch.cat(found)
 
 def _targets(model, batches, names, limit=1<<27):
-    "Outputs of the modules `names`, one after the other; as many per pass as `limit` numbers allow"
+    "Outputs of the modules `names` in turn, before in-place operations; `limit` numbers per pass"
     size,group = {},[]
     _run(model, batches[0], names, lambda k, i, o: size.update({k: o.numel()*len(batches)}))
     for j,k in enumerate(names):
         group.append(k)
         if j+1<len(names) and sum(map(size.get, group))+size[names[j+1]] <= limit: continue
         found = {o: [] for o in group}
-        for x in batches: _run(model, x, group, lambda k, i, o: found[k].append(o), group[-1])
+        for x in batches: _run(model, x, group, lambda k, i, o: found[k].append(o.clone()), group[-1])
         for o in group: yield torch.cat(found.pop(o))
         group = []
 
-def _halves(rows, images, most=1<<14):
+def _halves(rows, images, most):
     "Rows of the first and of the second half of the images, at most `most` of each, at random"
     cut = len(rows)//images*(images//2) or len(rows)
     def some(o):
@@ -241,7 +241,7 @@ def match_layers(
     batches = {t: _listed(o) for t,o in batches.items()}
     shared = statistics=='shared'
     layers = layer_order(merged, next(iter(batches.values()))[0], heads)
-    models = {t: copy.deepcopy(merged).eval() for t in experts}
+    models = {t: copy.deepcopy(merged).eval().requires_grad_(False) for t in experts} # else autocast keeps old weights
     was = {t: o.training for t,o in experts.items()}
     for o in experts.values(): o.eval()
     goals = {t: _targets(o, batches[t], [l.bn or l.name for l in layers])
@@ -251,10 +251,13 @@ def match_layers(
         first,X,Z = next(iter(mods.values())),{},{}
         for t in models:
             x,n = _inputs(models[t], batches[t], layer.name),sum(map(len, batches[t]))
-            X[t],Z[t] = _halves(_patches(x, first), n),_halves(_rows(next(goals[t])), n)
+            most = max(1<<12, 4*first.weight[0].numel())
+            X[t],Z[t] = (_halves(o, n, most) for o in (_patches(x, first), _rows(next(goals[t]))))
         with _full_precision(first.weight): _fit(layer, models, mods, X, Z, shared, ridge)
         if progress: progress(i+1, len(layers))
     for t,o in experts.items(): o.train(was[t])
+    for m in models.values():
+        for p,q in zip(m.parameters(), merged.parameters()): p.requires_grad_(q.requires_grad)
     bad = [k for k,v in next(iter(models.values())).state_dict().items()
         if v.is_floating_point() and not v.isfinite().all()]
     if bad: raise ValueError(f"{bad[0]} came out as NaN or Inf: check inputs and models")

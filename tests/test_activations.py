@@ -76,6 +76,25 @@ def test_one_expert_is_found_again(make, x, heads, statistics):
     assert all(v.equal(before[k]) for k,v in start.state_dict().items())
     assert fitted[-1].weight.equal(start[-1].weight)
 
+def test_in_place_operations():
+    "ReLUs in place and residual sums do not spoil what was captured"
+    from torchvision.models.resnet import BasicBlock
+    def make(): return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
+        BasicBlock(8, 8), BasicBlock(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    x = images(400)
+    expert,start = seeded(make, 1),seeded(make, 2)
+    fitted = match_layers(start, dict(a=expert), dict(a=list(x.split(200))), ridge=1e-7, heads=['7'])['a']
+    with torch.no_grad(): a,b = fitted[:-1](x),expert[:-1](x)
+    assert ((a-b)**2).mean() < 1e-3*b.var()
+
+def test_under_autocast():
+    "bf16 around the call: layers see the weights of the layers fitted before them"
+    expert,start,x = seeded(cnn, 1),seeded(cnn, 2),images(600)
+    with torch.autocast('cpu', torch.bfloat16):
+        fitted = match_layers(start, dict(a=expert), dict(a=[x]), ridge=1e-5, heads=['7'])['a']
+    with torch.no_grad(): a,b = fitted[:-1](x),expert[:-1](x)
+    assert ((a-b)**2).mean() < 1e-3*b.var()
+
 @pytest.mark.parametrize('seed', range(3))
 def test_better_than_averaging(seed):
     "Two experts from one base: fitted layers are closer to both than their mean"
