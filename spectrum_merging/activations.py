@@ -149,7 +149,7 @@ def _regress(halves, W0, ridge):
     "Fit with the ridge (times a power of ten) that serves the other half of the images best"
     (A,B),(A2,B2) = halves
     best = None
-    for r in ridge*10.**np.arange(6):
+    for r in ridge*10.**np.arange(4):
         W = _solve(A, B, W0, r)
         error = ((W@A2)*W).sum()-2*(W*B2).sum()
         if best and error>=best[0]: break
