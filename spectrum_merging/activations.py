@@ -139,7 +139,7 @@ def _solve(A, B, W0, ridge):
     if not live.any(): return W0
     A,B,P = A[live][:,live],B[:,live],W0[:,live]
     rho = ridge*A.diagonal().mean()
-    A = A+rho*torch.eye(len(A), dtype=A.dtype, device=A.device)
+    A.diagonal().add_(rho) # a copy, by its indices
     L,bad = torch.linalg.cholesky_ex(A)
     top,W = (B+rho*P).T,W0.clone()
     W[:,live] = (torch.linalg.solve(A, top) if bad else torch.cholesky_solve(top, L)).T
@@ -156,32 +156,18 @@ def _regress(halves, W0, ridge):
         best = error,r
     return _solve(A+A2, B+B2, W0, best[1])
 
-def _fit_bn(models, bn, Y, Z, shared):
-    "Statistics of the outputs `Y`; scale and shift that bring them closest to `Z`"
-    mean = {t: y.mean(0) for t,y in Y.items()}
-    var = {t: y.var(0, unbiased=False) for t,y in Y.items()}
+def _fit_bn(Y, Z, shared, eps):
+    "Statistics of the outputs `Y` per task; scale and shift that bring them closest to `Z`"
+    stats = {t: (y.mean(0), y.var(0, unbiased=False)) for t,y in Y.items()}
     if shared:
-        m = sum(mean.values())/len(mean)
-        v = sum(var[t]+(mean[t]-m)**2 for t in Y)/len(Y)
-        mean,var = dict.fromkeys(Y, m),dict.fromkeys(Y, v)
-    mods = {t: o.get_submodule(bn) for t,o in models.items()}
-    eps = next(iter(mods.values())).eps
-    U = {t: (y-mean[t])/(var[t]+eps).sqrt() for t,y in Y.items()}
+        m = sum(o[0] for o in stats.values())/len(stats)
+        v = sum(v+(mt-m)**2 for mt,v in stats.values())/len(stats)
+        stats = dict.fromkeys(Y, (m, v))
+    U = {t: (y-stats[t][0])/(stats[t][1]+eps).sqrt() for t,y in Y.items()}
     def over(f): return sum(f(t).mean(0) for t in U)/len(U)
     u,z,uz,uu = over(U.get),over(Z.get),over(lambda t: U[t]*Z[t]),over(lambda t: U[t]**2)
     gain = (uz-u*z)/(uu-u*u).clamp(min=1e-6)
-    for t,m in mods.items():
-        m.running_mean.copy_(mean[t])
-        m.running_var.copy_(var[t])
-        if m.affine:
-            m.weight.copy_(gain)
-            m.bias.copy_(z-gain*u)
-
-def _inputs(model, batches, name):
-    "What enters the module `name`, on all batches"
-    found = []
-    for x in batches: _run(model, x, [name], lambda k, i, o: found.append(i), name)
-    return torch.cat(found)
+    return stats,gain,z-gain*u
 
 def _targets(model, batches, names, limit=1<<27):
     "Outputs of the modules `names` in turn, before in-place operations; `limit` numbers per pass"
@@ -191,7 +177,8 @@ def _targets(model, batches, names, limit=1<<27):
         group.append(k)
         if j+1<len(names) and sum(map(size.get, group))+size[names[j+1]] <= limit: continue
         found = {o: [] for o in group}
-        for x in batches: _run(model, x, group, lambda k, i, o: found[k].append(o.clone()), group[-1])
+        def keep(k, x, out): found[k].append(out.clone())
+        for x in batches: _run(model, x, group, keep, group[-1])
         for o in group: yield torch.cat(found.pop(o))
         group = []
 
@@ -211,19 +198,31 @@ def _check_fit(models, batches, statistics, ridge):
         raise ValueError(f"experts for {list(models)}, inputs for {list(batches)}: "
             "pass the same tasks in the same order")
 
-def _fit(layer, models, mods, X, Z, shared, ridge):
-    "Set weight, bias and BatchNorm of one layer in all models"
-    first = next(iter(mods.values()))
-    halves = _moments(X, Z, _centres(X, Z, shared or not layer.bn,
-        layer.bn or first.bias is not None))
-    W = _regress(halves, first.weight.flatten(1), ridge).float()
+def _fit(layer, m, bn, X, Z, shared, ridge):
+    "Set weight and bias of a layer, scale and shift of its BatchNorm; the statistics per task"
+    halves = _moments(X, Z, _centres(X, Z, shared or bn is None,
+        bn is not None or m.bias is not None))
+    W = _regress(halves, m.weight.flatten(1), ridge).float()
     X,Z = ({t: torch.cat(v) for t,v in o.items()} for o in (X, Z))
-    Y = {t: o@W.T for t,o in X.items()}
-    if layer.bn: _fit_bn(models, layer.bn, Y, Z, shared)
-    shift = sum((Z[t]-Y[t]).mean(0) for t in Y)/len(Y)
-    for m in mods.values():
-        m.weight.copy_(W.reshape(m.weight.shape))
-        if m.bias is not None: m.bias.copy_(torch.zeros_like(shift) if layer.bn else shift)
+    Y,stats = {t: o@W.T for t,o in X.items()},None
+    m.weight.copy_(W.reshape(m.weight.shape))
+    if bn is None:
+        if m.bias is not None: m.bias.copy_(sum((Z[t]-Y[t]).mean(0) for t in Y)/len(Y))
+        return
+    stats,gain,shift = _fit_bn(Y, Z, shared, bn.eps)
+    if m.bias is not None: m.bias.zero_()
+    if bn.affine:
+        bn.weight.copy_(gain)
+        bn.bias.copy_(shift)
+    return stats
+
+def _per_task(bn, stats, sizes):
+    "Forward hook that normalises each task's part of the batch with its own statistics"
+    def inner(m, args, out):
+        part = args[0].split(sizes(len(args[0])))
+        return torch.cat([F.batch_norm(x, *s, m.weight, m.bias, eps=m.eps)
+            for x,s in zip(part, stats.values())])
+    return bn.register_forward_hook(inner)
 
 @torch.no_grad()
 def match_layers(
@@ -241,24 +240,44 @@ def match_layers(
     batches = {t: _listed(o) for t,o in batches.items()}
     shared = statistics=='shared'
     layers = layer_order(merged, next(iter(batches.values()))[0], heads)
-    models = {t: copy.deepcopy(merged).eval().requires_grad_(False) for t in experts} # else autocast keeps old weights
+    model = copy.deepcopy(merged).eval().requires_grad_(False) # else autocast keeps old weights
     was = {t: o.training for t,o in experts.items()}
     for o in experts.values(): o.eval()
     goals = {t: _targets(o, batches[t], [l.bn or l.name for l in layers])
         for t,o in experts.items()}
-    for i,layer in enumerate(layers):
-        mods = {t: o.get_submodule(layer.name) for t,o in models.items()}
-        first,X,Z = next(iter(mods.values())),{},{}
-        for t in models:
-            x,n = _inputs(models[t], batches[t], layer.name),sum(map(len, batches[t]))
-            most = max(1<<12, 4*first.weight[0].numel())
-            X[t],Z[t] = (_halves(o, n, most) for o in (_patches(x, first), _rows(next(goals[t]))))
-        with _full_precision(first.weight): _fit(layer, models, mods, X, Z, shared, ridge)
-        if progress: progress(i+1, len(layers))
-    for t,o in experts.items(): o.train(was[t])
-    for m in models.values():
-        for p,q in zip(m.parameters(), merged.parameters()): p.requires_grad_(q.requires_grad)
-    bad = [k for k,v in next(iter(models.values())).state_dict().items()
+    counts = [sum(map(len, o)) for o in batches.values()]
+    def sizes(n): return [n*c//sum(counts) for c in counts]
+    handles,found = [],{}
+    def fitter(i, layer):
+        def inner(m, args):
+            bn = model.get_submodule(layer.bn) if layer.bn else None
+            most = max(1<<12, 4*m.weight[0].numel())
+            X,Z = {},{}
+            for (t,n),x in zip(zip(experts, counts), args[0].split(sizes(len(args[0])))):
+                X[t] = _halves(_patches(x, m), n, most)
+                Z[t] = _halves(_rows(next(goals[t])), n, most)
+            with _full_precision(m.weight): stats = _fit(layer, m, bn, X, Z, shared, ridge)
+            if bn is not None:
+                found[layer.bn] = stats
+                handles.append(_per_task(bn, stats, sizes))
+            if progress: progress(i+1, len(layers))
+        return model.get_submodule(layer.name).register_forward_pre_hook(inner)
+    try:
+        handles += [fitter(i, o) for i,o in enumerate(layers)]
+        model(torch.cat([x for o in batches.values() for x in o]))
+    finally:
+        for h in handles: h.remove()
+        for t,o in experts.items(): o.train(was[t])
+    return {t: _finished(model, merged, {k: s[t] for k,s in found.items()}) for t in experts}
+
+def _finished(model, merged, stats):
+    "A copy with the BatchNorm statistics of one task. Raises `ValueError` for NaN and Inf"
+    res = copy.deepcopy(model)
+    for k,(mean,var) in stats.items():
+        res.get_submodule(k).running_mean.copy_(mean)
+        res.get_submodule(k).running_var.copy_(var)
+    for p,q in zip(res.parameters(), merged.parameters()): p.requires_grad_(q.requires_grad)
+    bad = [k for k,v in res.state_dict().items()
         if v.is_floating_point() and not v.isfinite().all()]
     if bad: raise ValueError(f"{bad[0]} came out as NaN or Inf: check inputs and models")
-    return models
+    return res
