@@ -94,7 +94,7 @@ def input_grams(
     names = [o.name for o in layer_order(model, batches[0], heads)]
     mods,sums,n = dict(model.named_modules()),{},{}
     def add(k, x, out):
-        p = _patches(x[0] if isinstance(x, tuple) else x, mods[k])
+        p = _patches(x, mods[k])
         with _full_precision(p): sums[k] = sums.get(k, 0) + p.T@p
         n[k] = n.get(k, 0)+len(p)
     training = model.training
@@ -198,13 +198,13 @@ def _check_fit(models, batches, statistics, ridge):
         raise ValueError(f"experts for {list(models)}, inputs for {list(batches)}: "
             "pass the same tasks in the same order")
 
-def _fit(layer, m, bn, X, Z, shared, ridge):
+def _fit(m, bn, X, Z, shared, ridge):
     "Set weight and bias of a layer, scale and shift of its BatchNorm; the statistics per task"
     halves = _moments(X, Z, _centres(X, Z, shared or bn is None,
         bn is not None or m.bias is not None))
     W = _regress(halves, m.weight.flatten(1), ridge).float()
     X,Z = ({t: torch.cat(v) for t,v in o.items()} for o in (X, Z))
-    Y,stats = {t: o@W.T for t,o in X.items()},None
+    Y = {t: o@W.T for t,o in X.items()}
     m.weight.copy_(W.reshape(m.weight.shape))
     if bn is None:
         if m.bias is not None: m.bias.copy_(sum((Z[t]-Y[t]).mean(0) for t in Y)/len(Y))
@@ -256,7 +256,7 @@ def match_layers(
             for (t,n),x in zip(zip(experts, counts), args[0].split(sizes(len(args[0])))):
                 X[t] = _halves(_patches(x, m), n, most)
                 Z[t] = _halves(_rows(next(goals[t])), n, most)
-            with _full_precision(m.weight): stats = _fit(layer, m, bn, X, Z, shared, ridge)
+            with _full_precision(m.weight): stats = _fit(m, bn, X, Z, shared, ridge)
             if bn is not None:
                 found[layer.bn] = stats
                 handles.append(_per_task(bn, stats, sizes))
