@@ -95,8 +95,13 @@ def input_grams(
     mods,sums,n = dict(model.named_modules()),{},{}
     def add(k, x, out):
         p = _patches(x, mods[k])
-        with _full_precision(p): sums[k] = sums.get(k, 0) + p.T@p
-        n[k] = n.get(k, 0)+len(p)
+        if k not in sums: sums[k] = p.new_zeros(p.shape[1], p.shape[1])
+        total,n[k],live = sums[k],n.get(k, 0)+len(p),p.any(0)
+        with _full_precision(p):
+            if live.sum() > len(live)/2: total.addmm_(p.T, p)
+            else:
+                q,ix = p[:,live],live.nonzero()
+                total[ix,ix.T] += q.T@q
     training = model.training
     for x in batches: _run(model.eval(), x, names, add)
     model.train(training)
@@ -116,8 +121,8 @@ def _moments(X, Z, centre):
         A = B = 0
         for t,(mx,mz) in centre.items():
             x,z = X[t][half]-mx,Z[t][half]-mz
-            A = A + (x.T@x).double()/max(1, len(x))
-            B = B + (z.T@x).double()/max(1, len(x))
+            A = A + x.T@x/max(1, len(x))
+            B = B + z.T@x/max(1, len(x))
         res.append((A, B))
     return res
 
@@ -130,31 +135,32 @@ def _centres(X, Z, shared, has_mean):
         means = dict.fromkeys(X, both)
     return means if has_mean else {t: [torch.zeros_like(o) for o in m] for t,m in means.items()}
 
-def _solve(A, B, W0, ridge):
-    "Ridge regression towards `W0`, scaled per channel; inputs that never vary keep it"
-    W0 = W0.double()
-    fit = ((B*W0).sum(1)/((W0@A)*W0).sum(1).clamp(min=1e-30))
-    W0 = W0*torch.where(fit>1e-3, fit, torch.ones_like(fit))[:,None]
-    live = A.diagonal() > 1e-12*A.diagonal().max().clamp(min=1e-300)
-    if not live.any(): return W0
-    A,B,P = A[live][:,live],B[:,live],W0[:,live]
-    rho = ridge*A.diagonal().mean()
-    A.diagonal().add_(rho) # a copy, by its indices
-    L,bad = torch.linalg.cholesky_ex(A)
-    top,W = (B+rho*P).T,W0.clone()
-    W[:,live] = (torch.linalg.solve(A, top) if bad else torch.cholesky_solve(top, L)).T
-    return W
+def _scale(A, B, W):
+    "Factor per row of `W`, with which it fits best"
+    fit = (B*W).sum(1)/((W@A)*W).sum(1).clamp(min=1e-30)
+    return torch.where(fit>1e-3, fit, 1.)[:,None]
 
-def _regress(halves, W0, ridge):
+def _solve(A, B, P, ridge):
+    "Ridge regression towards `P`; inputs that never vary keep it"
+    if not (size := A.diagonal().mean()) > 0: return P
+    A,top = A.clone(),(B+ridge*size*P).T
+    A.diagonal().add_(ridge*size)
+    L,bad = torch.linalg.cholesky_ex(A)
+    return (torch.linalg.solve(A, top) if bad else torch.cholesky_solve(top, L)).T
+
+def _regress(halves, W0, live, ridge):
     "Fit with the ridge (times a power of ten) that serves the other half of the images best"
     (A,B),(A2,B2) = halves
-    best = None
+    best,P = None,W0[:,live]*_scale(A, B, W0[:,live])
     for r in ridge*10.**np.arange(4):
-        W = _solve(A, B, W0, r)
+        W = _solve(A, B, P, r)
         error = ((W@A2)*W).sum()-2*(W*B2).sum()
         if best and error>=best[0]: break
         best = error,r
-    return _solve(A+A2, B+B2, W0, best[1])
+    A,B,W = (A+A2).double()/2,(B+B2).double()/2,W0.double()
+    W = W*_scale(A, B, W[:,live])
+    W[:,live] = _solve(A, B, W[:,live], best[1])
+    return W.float()
 
 def _fit_bn(Y, Z, shared, eps):
     "Statistics of the outputs `Y` per task; scale and shift that bring them closest to `Z`"
@@ -182,13 +188,21 @@ def _targets(model, batches, names, limit=1<<27):
         for o in group: yield torch.cat(found.pop(o))
         group = []
 
-def _halves(rows, images, most):
-    "Rows of the first and of the second half of the images, at most `most` of each, at random"
-    cut = len(rows)//images*(images//2) or len(rows)
-    def some(o):
-        g = torch.Generator().manual_seed(0)
-        return o if len(o)<=most else o[torch.randperm(len(o), generator=g)[:most].to(o.device)]
-    return some(rows[:cut]),some(rows[cut:])
+def _halves(x, z, m, most):
+    "Inputs and targets of a layer for each half of the images: some `most` rows at random"
+    g = torch.Generator().manual_seed(0)
+    per,half = z[0].numel()//len(m.weight),len(x)//2 or 1
+    few,res = max(1, 4*most//per),[]
+    for a,b in (x[:half][:few], z[:half][:few]),(x[half:][:few], z[half:][:few]):
+        p,q = _patches(a, m),_rows(b)
+        ix = torch.randperm(len(p), generator=g)[:most].sort().values.to(p.device)
+        res.append((p, q) if len(p)<=most else (p[ix], q[ix]))
+    return zip(*res)
+
+def _live(X):
+    "Inputs to fit: all, or where padding leaves many at zero, the others"
+    live = torch.stack([x.any(0) for o in X.values() for x in o]).any(0)
+    return live if 0 < live.sum() < .8*len(live) else torch.ones_like(live)
 
 def _check_fit(models, batches, statistics, ridge):
     if statistics not in ('shared', 'per task'):
@@ -200,11 +214,13 @@ def _check_fit(models, batches, statistics, ridge):
 
 def _fit(m, bn, X, Z, shared, ridge):
     "Set weight and bias of a layer, scale and shift of its BatchNorm; the statistics per task"
+    W,live = m.weight.flatten(1),_live(X)
+    if not live.all(): X = {t: [x[:,live] for x in o] for t,o in X.items()}
     halves = _moments(X, Z, _centres(X, Z, shared or bn is None,
         bn is not None or m.bias is not None))
-    W = _regress(halves, m.weight.flatten(1), ridge).float()
+    W = _regress(halves, W, live, ridge)
     X,Z = ({t: torch.cat(v) for t,v in o.items()} for o in (X, Z))
-    Y = {t: o@W.T for t,o in X.items()}
+    Y = {t: o@W[:,live].T for t,o in X.items()}
     m.weight.copy_(W.reshape(m.weight.shape))
     if bn is None:
         if m.bias is not None: m.bias.copy_(sum((Z[t]-Y[t]).mean(0) for t in Y)/len(Y))
@@ -253,9 +269,8 @@ def match_layers(
             bn = model.get_submodule(layer.bn) if layer.bn else None
             most = max(1<<12, 4*m.weight[0].numel())
             X,Z = {},{}
-            for (t,n),x in zip(zip(experts, counts), args[0].split(sizes(len(args[0])))):
-                X[t] = _halves(_patches(x, m), n, most)
-                Z[t] = _halves(_rows(next(goals[t])), n, most)
+            for t,x in zip(experts, args[0].split(sizes(len(args[0])))):
+                X[t],Z[t] = _halves(x, next(goals[t]), m, most)
             with _full_precision(m.weight): stats = _fit(m, bn, X, Z, shared, ridge)
             if bn is not None:
                 found[layer.bn] = stats

@@ -74,10 +74,13 @@ def regmean(
         if not np.isfinite(g).all():
             raise ValueError("an input Gram holds NaN or Inf: measure it again")
         gs.append(alpha*g + (1-alpha)*np.diag(np.diag(g)))
-    total = sum(gs)
-    ridge = 1e-6*np.trace(total)/len(total) or 1.
-    top = sum(_f64(d)@g for d,g in zip(ds, gs)) + ridge*sum(map(_f64, ds))/len(ds)
-    return np.linalg.solve(total+ridge*np.eye(len(total)), top.T).T
+    total,mean = sum(gs),sum(map(_f64, ds))/len(ds)
+    if not (live := total.any(0)).any(): return mean
+    S = total[np.ix_(live, live)]
+    ridge = 1e-6*np.trace(S)/len(S)
+    top = sum(_f64(d)[:,live]@g[np.ix_(live, live)] for d,g in zip(ds, gs)) + ridge*mean[:,live]
+    mean[:,live] = np.linalg.solve(S+ridge*np.eye(len(S)), top.T).T
+    return mean
 
 # %% ../nbs/35_subspace.ipynb #00000013
 def ridge_mean(
