@@ -267,7 +267,7 @@ def match_layers(
     def fitter(i, layer):
         def inner(m, args):
             bn = model.get_submodule(layer.bn) if layer.bn else None
-            most = max(1<<12, 4*m.weight[0].numel())
+            most = max(1<<11, 2*m.weight[0].numel())
             X,Z = {},{}
             for t,x in zip(experts, args[0].split(sizes(len(args[0])))):
                 X[t],Z[t] = _halves(x, next(goals[t]), m, most)

@@ -95,6 +95,8 @@ def plot_bars(
     line:float=None, # Drawn across, with `label`
     label='', # What `line` is
     height:float=3, # Inches
+    level:float=1, # Where the dotted line is
+    ylabel='accuracy / expert', # Of the left panel
 ) -> Figure: # One group of bars per value of `x`
     "Accuracy relative to the expert, mean of tasks, with every seed as a dot"
     rows = rows.assign(**{c: '' for c in ('_hue','_panel')})
@@ -113,11 +115,12 @@ def plot_bars(
                 at = j+(i-(len(hues)-1)/2)*width
                 ax.bar(at, v.mean(), width*.95, color=f'C{i}', alpha=.75, label=h if j==0 else None)
                 ax.scatter(np.full(len(v), at), v, s=7, color='k', zorder=3)
-        ax.axhline(1, ls=':', color='k')
+        ax.axhline(level, ls=':', color='k')
         if line is not None: ax.axhline(line, ls='--', color='0.5', label=label)
         ax.set_xticks(range(len(groups)), groups, rotation=30, ha='right', fontsize=8)
-        ax.set(title=pan, ylim=(0, 1.08))
-    axs[0].set_ylabel('accuracy / expert')
+        ax.set(title=pan)
+        if level==1: ax.set_ylim(0, 1.08)
+    axs[0].set_ylabel(ylabel)
     if title: fig.suptitle(title)
     found = {k: o for a in axs for o,k in zip(*a.get_legend_handles_labels()) if k}
     if found: fig.legend(found.values(), found.keys(), loc='outside right upper', frameon=False,

@@ -384,6 +384,10 @@ def update_weights(
     return Weights(w.name, lambda: one.body | {k: torch.lerp(bench.base[k], one.body[k], scale)
         for k in scaled})
 
+def _start(bench, chosen):
+    "The ridge mean that matching starts from, made once"
+    return bench.made_once.setdefault('start', update_weights(bench, *chosen['ridge_mean']))
+
 # %% ../nbs/88_run.ipynb #00000018
 def choose(
     bench:Bench,
@@ -439,10 +443,10 @@ def method_rows(
     add('average', average, 'weights')
     for m in candidates:
         rule,scale = chosen[m]
-        w = update_weights(bench, rule, scale)
+        w = _start(bench, chosen) if m=='ridge_mean' else update_weights(bench, rule, scale)
         both = m in ('task_arithmetic','ridge_mean','tsv_m')
         add(f'{rule}, λ = {scale}', w, 'weights', treatments[1:] if both else treatments[2:])
-    start = update_weights(bench, *chosen['ridge_mean'])
+    start = _start(bench, chosen)
     add('regmean', update_weights(bench, 'regmean', 1.), 'unlabelled images')
     sds,moved = bench.aligned
     same = bench.planned(make_plan('standard', sds, bench.base), name=' aligned',
@@ -518,7 +522,7 @@ def joint_rows(
     chosen:dict, # From `choose`
 ) -> list: # Rows of `score_rows`
     "One output for all classes of all tasks, without a task id; BatchNorm statistics are shared"
-    start = update_weights(bench, *chosen['ridge_mean'])
+    start = _start(bench, chosen)
     found = {'average': (bench.planned(make_plan('standard', bench.experts, bench.base)), 'shared'),
         'ridge_mean': (start, 'shared'), 'matched layers': (bench.matched(start, 'shared'), 'fitted')}
     def logits(split):
@@ -544,7 +548,7 @@ def three_rows(
     chosen:dict, # From `choose`
 ) -> list: # Rows of `score_rows`
     "Three experts merged into one body"
-    start = update_weights(bench, *chosen['ridge_mean'])
+    start = _start(bench, chosen)
     average = bench.planned(make_plan('standard', bench.experts, bench.base))
     rows = bench.expert_rows(table='three')
     for name,w in {'average': average, 'ridge_mean': start,
@@ -579,7 +583,7 @@ def rough_rows(
     for name,budget in rough_budgets(bench.budget).items():
         o = Bench(tasks, budget, seed=bench.seed, cache=bench.cache, progress=bench.progress,
             made=bench.made)
-        start = update_weights(o, *chosen['ridge_mean'])
+        start = _start(o, chosen)
         rows += o.expert_rows(table='rough', recipe=name)
         for m,w,bn in (('average', o.planned(make_plan('standard', o.experts, o.base)), 'per task'),
                 ('ridge_mean', start, 'per task'),
@@ -592,7 +596,7 @@ def rough_rows(
 def image_rows(
     bench:Bench,
     sizes=(16, 32, 64, 125, 250, 500, 1000, 2000), # Images per task
-    draws:int=5, # Of the images
+    draws:int=4, # Of the images
 ) -> list: # Rows of `score_rows`
     "Held-out accuracy of the plain average after re-estimation from ever more images"
     w = bench.planned(make_plan('standard', bench.experts, bench.base))
@@ -615,7 +619,7 @@ def barrier_rows(
                 if v.is_floating_point() else v for k,v in p.items() if k[:3]!='fc.'})
             for bn in ('averaged', 'per task'):
                 rows += [r | dict(line=line, at=c) for r in bench.rows(w, bn, split='held',
-                    table='barrier', method=line)]
+                    n=tuning_images, table='barrier', method=line)]
     return rows
 
 # %% ../nbs/88_run.ipynb #0000002b
@@ -627,12 +631,13 @@ def variance_table(
     def model(body, t): return resnet18(len(bench.heads[t][1]), body | dict(zip(
         ('fc.weight','fc.bias'), bench.heads[t]))).eval()
     average = bench.planned(make_plan('standard', bench.experts, bench.base))
-    matched = bench.matched(update_weights(bench, *chosen['ridge_mean']), 'per task')
+    matched = bench.matched(_start(bench, chosen), 'per task')
     t = next(iter(bench.tasks))
     kinds = {'average, averaged statistics': average.of(t),
         'average, statistics per task': bench.restat(average.of(t), t, 'per task'),
         'matched layers': matched.of(t)}
-    parts = [variance_ratio(model(b, t), [model(_body(bench.experts[t]), t)], bench.batches(t)[:2])
+    parts = [variance_ratio(model(b, t), [model(_body(bench.experts[t]), t)],
+        bench.batches(t, bench.few))
         .rename_axis('layer').reset_index().assign(method=m) for m,b in kinds.items()]
     return pd.concat(parts, ignore_index=True).assign(task=t)
 
@@ -696,8 +701,10 @@ def tables(
 
 def _caption(results, split='test'):
     tasks,seeds = results.bench.tasks,[b.seed for b in results.benches]
-    n = '; '.join(f"{k}: {len(t.x):,} training, {len(t.test_x if split=='test' else t.held_x):,} "
-        f"{'test' if split=='test' else 'held-out training'} images" for k,t in tasks.items())
+    def n(t):
+        if split=='test': return f', {len(t.test_x):,} test'
+        return f', {len(t.held_x):,} held-out training' if split else ''
+    n = '; '.join(f'{k}: {len(t.x):,} training{n(t)} images' for k,t in tasks.items())
     return f"{n}. Seed{'s'*(len(seeds)>1)} {', '.join(map(str, seeds))}."
 
 # %% ../nbs/88_run.ipynb #00000030
@@ -707,7 +714,7 @@ def figures(
     "The figures of the vision experiment"
     b,part = results.bench,results.part
     test,held = _caption(results),_caption(replace(results, benches=results.benches[:1]), 'held')
-    seed = f'Seed {b.seed}.'
+    one = _caption(replace(results, benches=results.benches[:1]), None)
     def paper():
         ref = part('reference').groupby(['method','task']).accuracy.mean()
         lines = {t: {('expert' if e==t else f'{e} expert'): ref[f'expert {e}, own head', t]
@@ -721,17 +728,22 @@ def figures(
             "hollow: as published.", published)
     def factorial():
         single = part('reference').pipe(lambda o: o[o.method.str.startswith('best single')])
-        return plot_bars(part('factorial').assign(heads=lambda o: 'heads '+o.heads), 'method', 'bn',
-            'heads', title='What the collapse is made of', line=single.normalised.mean(),
-            label='best single expert', caption=f'BatchNorm statistics by colour. {test}')
+        rows = part('factorial').assign(heads=lambda o: 'heads '+o.heads, BatchNorm=lambda o: o.bn)
+        return plot_bars(rows, 'method', 'BatchNorm', 'heads', title='What the collapse is made of',
+            line=single.normalised.mean(), label='best single expert',
+            caption=f'Bars: means; dots: seeds. {test}')
     def methods():
-        rows = part('methods').assign(method=lambda o: o.method.str.replace(', λ', ',\nλ'))
-        return plot_bars(rows, 'method', 'bn', height=3.6, title='All methods',
-            caption=f'One head per task; BatchNorm statistics by colour. {test}')
+        return plot_bars(part('methods').assign(BatchNorm=lambda o: o.bn), 'method', 'BatchNorm',
+            height=3.8, title='All methods',
+            caption=f'One head per task. Bars: means; dots: seeds. {test}')
     def selections():
-        strategy,top = results.chosen['update']
-        return plot_bars(part('controls'), 'method', title='Layers selected by SNR, or otherwise',
-            caption=f"Strategy {strategy}, top {top} %, statistics per task. {test}")
+        (strategy,top),rows = results.chosen['update'],part('controls')
+        own = rows[rows.method=='SNR'].set_index(['seed','task']).normalised
+        gain = [r.normalised-own[r.seed, r.task] for r in rows.itertuples()]
+        return plot_bars(rows.assign(normalised=gain)[rows.method!='SNR'], 'method', level=0,
+            title='Layers selected otherwise, against selection by SNR', ylabel='difference\nfrom SNR',
+            caption=f"Accuracy / expert; above 0: better than SNR. Strategy {strategy}, top {top} %, "
+            f"statistics per task. Bars: means; dots: seeds. {test}")
     def barrier():
         rows = part('barrier').replace(dict(bn={'averaged':'interpolated', 'per task':'measured again'}))
         return plot_lines(rows, 'at', panel='line', style='bn', xlabel='share of the way',
@@ -742,15 +754,16 @@ def figures(
             caption=f'Bands: smallest and largest of the draws. {held}')
     def layers():
         return plot_layers(results.variance, 'Variance of merged channels',
-            f'Mean over channels, {results.variance.task.iloc[0]} images. {seed}')
+            f'Mean over channels, {b.few} {results.variance.task.iloc[0]} images. {one}')
     found = dict(thresholds=('paper', paper), factorial=('factorial', factorial),
         methods=('methods', methods), controls=('controls', selections), images=('images', images),
         barrier=('barrier', barrier), variance=('images', layers))
     have = set(results.rows.table)
     return {k: f() for k,(t,f) in found.items() if t in have} | dict(
-        snr_weights=plot_snr(b.weight_scans, caption=seed,
+        snr_weights=plot_snr(b.weight_scans, caption=one,
             title="SNR of the weights, paper's vision formula"),
-        snr_updates=plot_snr(b.update_scans, caption=seed, title='SNR of the updates, calibrated'))
+        snr_updates=plot_snr(b.update_scans, caption=one,
+            title='SNR of the updates, calibrated'))
 
 # %% ../nbs/88_run.ipynb #00000032
 def _machine():

@@ -11,9 +11,11 @@ __all__ = ['full', 'quick', 'Task', 'digits_tasks', 'load_tasks', 'fast', 'prepa
 # %% ../nbs/80_vision.ipynb #00000003
 import hashlib, json, os, pickle, socket, subprocess, sys, time, torch, torch.nn.functional as F, torchvision
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from safetensors.torch import load_file, save_file
+from tempfile import TemporaryFile
 from threading import Thread
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -256,7 +258,7 @@ def train(
     seed:int=0, # Of order, shifts and rotations
     resume=None, # File that holds the state after each epoch
     label='training', # What the progress bar says
-    progress:bool=True, # Show one
+    progress=True, # Show one; a function instead is told the steps done, now and then
 ) -> nn.Module: # The same model
     "Train with SGD. Raises `ValueError` for fewer images than one batch"
     steps = len(x)//batch
@@ -270,12 +272,14 @@ def train(
         state = torch.load(resume, weights_only=True, map_location=_device())
         for k,o in parts.items(): o.load_state_dict(state[k])
         start = state['epoch']
+    tell = progress if callable(progress) else lambda n: None
+    tell(start*steps)
     bar = tqdm(total=epochs*steps, initial=start*steps, desc=label, unit='step',
-        disable=not progress, leave=False)
+        disable=progress is not True, leave=False)
     for epoch in range(start, epochs):
         g = torch.Generator().manual_seed(1000*seed+epoch)
         model.train()
-        for ix in torch.randperm(len(x), generator=g)[:steps*batch].split(batch):
+        for i,ix in enumerate(torch.randperm(len(x), generator=g)[:steps*batch].split(batch)):
             xb,yb = _rotated(x[ix], g) if y is None else (_shift(x[ix], g), y[ix])
             with fast(): loss = F.cross_entropy(model(prepare(xb)), yb.to(_device()))
             opt.zero_grad()
@@ -283,6 +287,8 @@ def train(
             opt.step()
             schedule.step()
             bar.update()
+            if i%20==19: tell(20)
+        tell(steps%20)
         bar.set_postfix(epoch=epoch+1, loss=f'{loss.item():.3f}')
         if resume:
             state = {k: o.state_dict() for k,o in parts.items()} | dict(epoch=epoch+1)
@@ -400,18 +406,24 @@ def _child():
         while os.getppid()==parent: time.sleep(1)
         os._exit(1)
     Thread(target=watch, daemon=True).start()
-    try: make_expert(*pickle.load(sys.stdin.buffer), progress=False)
+    def tell(n): print(n, flush=True)
+    try: make_expert(*pickle.load(sys.stdin.buffer), progress=tell)
     except ValueError as e:
         print(e, file=sys.stderr)
         sys.exit(3)
 
-def _in_child(job, running):
-    "Run `_child`; raise its error"
-    p = subprocess.Popen([sys.executable, '-c', 'from spectrum_merging.vision import _child; _child()'],
-        stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | dict(OMP_NUM_THREADS='1'))
-    running.append(p)
-    _,err = p.communicate(pickle.dumps(job))
-    text = err.decode(errors='replace').strip()
+def _in_child(job, running, done):
+    "Run `_child`, call `done` with steps as it takes them; raise its error"
+    with TemporaryFile() as errors:
+        p = subprocess.Popen([sys.executable, '-c', 'from spectrum_merging.vision import _child; _child()'],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+            env=os.environ | dict(OMP_NUM_THREADS='1'))
+        running.append(p)
+        with suppress(BrokenPipeError), p.stdin: p.stdin.write(pickle.dumps(job))
+        for line in p.stdout: done(int(line))
+        p.wait()
+        errors.seek(0)
+        text = errors.read().decode(errors='replace').strip()
     if p.returncode==3: raise ValueError(text)
     if p.returncode: raise RuntimeError(f"training {job[0].name} ended with status {p.returncode}: "
         f"{text.splitlines()[-1] if text else 'killed; is there enough memory?'}")
@@ -436,11 +448,9 @@ def make_experts(
             leave=False)
         with ThreadPoolExecutor(min(n, len(work))) as pool:
             try:
-                todo = {pool.submit(_in_child, (t, base, b, s, cache), running): i
-                    for i in sorted(work, key=lambda i: -work[i]) for t,b,s in [jobs[i]]}
-                for f in as_completed(todo):
-                    f.result()
-                    bar.update(work[todo[f]])
+                todo = [pool.submit(_in_child, (t, base, b, s, cache), running, bar.update)
+                    for i in sorted(work, key=lambda i: -work[i]) for t,b,s in [jobs[i]]]
+                for f in as_completed(todo): f.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for p in running: p.kill()

@@ -62,6 +62,22 @@ def test_input_grams():
     torch.testing.assert_close(grams['0.weight'], u.T@u/len(u), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match='empty'): input_grams(net, [])
 
+def test_taps_on_padding():
+    "3 × 3 kernels on 1 × 1 images: the centre is fitted, what only padding reaches keeps the start"
+    def make(): return nn.Sequential(nn.Conv2d(6, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8),
+        nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
+    expert,start,x = seeded(make, 1),seeded(make, 2),images(400, shape=(6, 1, 1))
+    u = F.unfold(x, 3, padding=1).transpose(1, 2).reshape(-1, 54)
+    gram = input_grams(expert, [x[:200], x[200:]])['0.weight']
+    torch.testing.assert_close(gram, u.T@u/len(u), rtol=1e-4, atol=1e-5)
+    fitted = match_layers(start, dict(a=expert), dict(a=[x]), ridge=1e-7, heads=['4'])['a']
+    with torch.no_grad(): a,b = fitted[:-1](x),expert[:-1](x)
+    assert ((a-b)**2).mean() < 1e-4*b.var()
+    edge = torch.ones(3, 3, dtype=torch.bool)
+    edge[1,1] = False
+    kept,was = (o[0].weight[:,:,edge].flatten(1) for o in (fitted, start))
+    assert F.cosine_similarity(kept, was).min() > 1-1e-5
+
 @pytest.mark.parametrize('statistics', ['shared','per task'])
 @pytest.mark.parametrize('make,x,heads', [(cnn, images(600), ['7']),
     (mlp, images(600, shape=(6,)), ['4'])], ids=['cnn','mlp'])

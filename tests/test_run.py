@@ -73,6 +73,8 @@ def test_causes_add_up(results, rest):
         a = attribution(res)
         assert np.allclose(a.sum(axis=1), 1) and len(a)==n
     assert '+ matched layers' in attribution(rest)
+    assert {'average, REPAIR','average, units aligned','matched layers'} <= set(
+        rest.part('methods').method)
 
 def test_panel_reads_it(results):
     from spectrum_merging.explore import MergePanel
