@@ -344,7 +344,7 @@ class Budget:
     batch:int=128 # Images per step
     train:int=None # Training images per task; None takes all
     test:int=5000 # Test images per task; None takes all
-    calibration:int=1000 # Unlabelled images per task for BatchNorm
+    calibration:int=500 # Unlabelled images per task, for BatchNorm and merges that look at some
 
 full = Budget()
 quick = Budget(base_epochs=1, base_lr=.1, expert_steps=250, max_epochs=12, lr=.05, batch=64, train=4000,
