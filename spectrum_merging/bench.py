@@ -280,6 +280,17 @@ def bench_scan_memory(
             seconds=t, MiB=mib)])
 
 # %% ../nbs/92_bench.ipynb #0000001d
+def _loader(x):
+    "Images as the paper loads them: one PIL image after the other, in batches of 128"
+    import torch
+    from torchvision import transforms as T
+    change = T.Compose([T.ToPILImage(), T.Pad(2), T.ToTensor(), T.Lambda(lambda o: o.repeat(3, 1, 1)),
+        T.Normalize(72/255, 90/255)])
+    class Images(torch.utils.data.Dataset):
+        def __len__(self): return len(x)
+        def __getitem__(self, i): return change(x[i,:,2:-2,2:-2])
+    return torch.utils.data.DataLoader(Images(), batch_size=128)
+
 def _plain_sweep(bench, plans):
     "`{(plan, task): classes}`, plan by plan in float32"
     import torch
@@ -295,8 +306,7 @@ def _plain_sweep(bench, plans):
         model.eval()
         with torch.no_grad():
             for t,task in bench.tasks.items():
-                x = ((task.test_x.float()-72)/90).expand(-1, 3, -1, -1)
-                res[label, t] = torch.cat([model(b).argmax(1) for b in x.split(128)]).numpy()
+                res[label, t] = torch.cat([model(x).argmax(1) for x in _loader(task.test_x)]).numpy()
     return res
 
 def bench_sweep(
