@@ -327,8 +327,10 @@ def bench_sweep(
         threshold=t, scans=lab.weight_scans) for s in paper_strategies for t in thresholds}
     def sweep(folder):
         lab.cache = Path(folder)
-        return {(k, t): p for k,plan in plans.items()
-            for t,p in lab.predict(lab.planned(plan), head='merged').items()}
+        merged = {k: lab.planned(plan) for k,plan in plans.items()}
+        lab.together(merged.values())
+        return {(k, t): p for k,w in merged.items()
+            for t,p in lab.predict(w, head='merged').items()}
     took,slow,plain,keys = [],0,{},list(plans)
     for i in range(repeats):
         with TemporaryDirectory() as d:

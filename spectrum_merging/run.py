@@ -33,7 +33,7 @@ from spectrum_merging.plot import (plot_bars, plot_layers, plot_lines, plot_snr,
 from .repair import reestimate_bn, repair_channels, variance_ratio
 from .scan import scan
 from .vision import (Budget, Folded, cache_dir, digest, fast, full, load_tasks,
-    make_base, make_experts, prepare, resnet18)
+    logits_together, make_base, make_experts, prepare, resnet18)
 
 # %% ../nbs/88_run.ipynb #00000007
 @dataclass
@@ -64,6 +64,10 @@ def _stored(path, make):
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as tmp, open(tmp, 'wb') as f: np.savez(f, **arrays)
     return arrays
+
+def _stored_logits(task, found):
+    "`{'task|head': logits}` in half precision"
+    return {f'{task}|{h}': z.clamp(-6e4, 6e4).half().numpy() for h,z in found.items()}
 
 def _body(sd): return {k: v for k,v in sd.items() if k[:3]!='fc.'}
 
@@ -139,11 +143,17 @@ class Bench:
             self.batches(task if bn=='per task' else None, n, draw))
         return {k: v for k,v in model.state_dict().items() if k[:3]!='fc.'}
 
+    def _file(self, w, bn='averaged', split='test', n=None, draw=0, only=None):
+        key = digest([self.key, w.name, bn, n or self.images, draw, split, only])
+        return self.cache/'predictions'/f'{key}.npz'
+
+    def _all_heads(self, w):
+        heads = self.heads | ({'merged': w.head} if w.head else {})
+        return heads | ({_all: mean} if (mean := _mean_head(self.heads)) else {})
+
     def logits(self, w, bn='averaged', split='test', n=None, draw=0, only=None):
         "`{task: {head: (images, classes)}}` of `Weights` under a BatchNorm treatment"
         tasks = {only: self.tasks[only]} if only else self.tasks
-        heads = self.heads | ({'merged': w.head} if w.head else {})
-        if mean := _mean_head(self.heads): heads[_all] = mean
         def make():
             shared,res = {},{}
             for t,task in tasks.items():
@@ -153,16 +163,23 @@ class Bench:
                     body = shared[id(body)]
                 else: body = self.restat(body, t, bn, n, draw)
                 x = task.test_x if split=='test' else task.held_x
-                for h,z in Folded(body, heads)(x).items():
-                    res[f'{t}|{h}'] = z.clamp(-6e4, 6e4).half().numpy()
+                res |= _stored_logits(t, Folded(body, self._all_heads(w))(x))
             return res
-        key = digest([self.key, w.name, bn, n or self.images, draw, split, only])
-        found = _stored(self.cache/'predictions'/f'{key}.npz', make)
+        found = _stored(self._file(w, bn, split, n, draw, only), make)
         res = {t: {} for t in tasks}
         for k,z in found.items():
             t,_,h = k.partition('|')
             res[t][h] = z
         return res
+
+    def together(self, ws):
+        "Store the logits of merges with averaged statistics on test images; shared layers run once"
+        todo = {f: w for w in ws if not (f := self._file(w)).exists()}
+        nets = []
+        for w in todo.values(): nets.append(Folded(w.body, self._all_heads(w), like=nets))
+        found = {t: logits_together(nets, o.test_x) for t,o in self.tasks.items()}
+        for i,f in enumerate(todo):
+            _stored(f, lambda: {k: v for t,o in found.items() for k,v in _stored_logits(t, o[i]).items()})
 
     def predict(self, w, bn='averaged', head=None, **how):
         "`{task: classes}`; each task's own head, or the one named `head` for all"
@@ -311,13 +328,14 @@ def paper_rows(
     thresholds=(3, 5, 15, 25), # SNRs of the paper's Figure
 ) -> list: # Rows of `score_rows`
     "The paper's vision experiment, tensor for tensor"
+    plans = {(s, t): make_plan(s, bench.experts, estimator='paper_vision', protocol='paper',
+        threshold=t, scans=bench.weight_scans) for s in paper_strategies for t in thresholds}
+    merged = {k: bench.planned(p) for k,p in plans.items()}
+    bench.together(merged.values())
     rows = []
-    for strategy in paper_strategies:
-        for t in thresholds:
-            plan = make_plan(strategy, bench.experts, estimator='paper_vision', protocol='paper',
-                threshold=t, scans=bench.weight_scans)
-            rows += bench.rows(bench.planned(plan), head='merged', table='paper', method=strategy,
-                strategy=strategy, threshold=t, digest=plan.digest)
+    for (s, t),w in merged.items():
+        rows += bench.rows(w, head='merged', table='paper', method=s, strategy=s, threshold=t,
+            digest=plans[s, t].digest)
     return rows
 
 # %% ../nbs/88_run.ipynb #00000013

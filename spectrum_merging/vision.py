@@ -6,7 +6,7 @@ Docs: https://spectrum.github.io/spectrum-merging/vision.html.md"""
 
 # %% auto #0
 __all__ = ['full', 'quick', 'Task', 'digits_tasks', 'load_tasks', 'fast', 'prepare', 'resnet18', 'predict', 'accuracy', 'Folded',
-           'train', 'digest', 'cached', 'Budget', 'make_base', 'make_expert', 'make_experts']
+           'logits_together', 'train', 'digest', 'cached', 'Budget', 'make_base', 'make_expert', 'make_experts']
 
 # %% ../nbs/80_vision.ipynb #00000003
 import hashlib, json, os, pickle, socket, subprocess, sys, time, torch, torch.nn.functional as F, torchvision
@@ -184,34 +184,46 @@ class Folded:
         body:dict, # State dict; its head is not used
         heads:dict, # `{name: (weight, bias)}`
         fast:bool=True, # bf16 where the hardware has it; else float32
+        like:list=(), # Other `Folded`: stages with the same weights are shared with them
     ):
         "Fold BatchNorm, turn small convolutions into matrices"
         self.dtype = torch.bfloat16 if fast and _has_bf16() else torch.float32
-        sd = {k: v.to(_device()) for k,v in body.items()}
+        self.body = {k: v.to(_device()) for k,v in body.items() if 'num_batches' not in k}
         self.heads = {k: [o.to(_device(), self.dtype) for o in h] for k,h in heads.items()}
-        self.stem,size = self._stem(*_fold(sd, 'conv1', 'bn1')),16
-        self.blocks,size = [],size//2
-        for p in (f'layer{l}.{i}.' for l in range(1, 5) for i in range(2)):
-            stride = 2 if p+'downsample.0.weight' in sd else 1
-            a,half = self._layer(sd, p+'conv1', p+'bn1', size, stride, 1)
-            b,_ = self._layer(sd, p+'conv2', p+'bn2', half, 1, 1)
-            skip = (self._layer(sd, p+'downsample.0', p+'downsample.1', size, 2, 0)[0]
-                if stride==2 else nn.Identity())
-            self.blocks.append((a, b, skip))
-            size = half
+        self.stages,size = [],8
+        for p in ('', *(f'layer{l}.{i}.' for l in range(1, 5) for i in range(2))):
+            self.stages.append(self._same(p, like) or (self._block(p, size) if p else self._stem()))
+            if p+'downsample.0.weight' in self.body: size //= 2
 
-    def _stem(self, w, b):
+    def _same(self, p, like):
+        "The stage of another network that has the same weights, or None"
+        names = [k for k in self.body if k.startswith(p or ('conv1.', 'bn1.'))]
+        return next((o.stages[len(self.stages)] for o in like if o.dtype==self.dtype
+            and all(torch.equal(self.body[k], o.body[k]) for k in names)), None)
+
+    def _block(self, p, size):
+        "Function of a batch"
+        stride = 2 if p+'downsample.0.weight' in self.body else 1
+        a,half = self._layer(p+'conv1', p+'bn1', size, stride, 1)
+        b,_ = self._layer(p+'conv2', p+'bn2', half, 1, 1)
+        skip = (self._layer(p+'downsample.0', p+'downsample.1', size, 2, 0)[0] if stride==2
+            else nn.Identity())
+        return lambda x: F.relu_(b(F.relu_(a(x))) + skip(x))
+
+    def _stem(self):
         "The first convolution, for grey images of which each 2 × 2 pixels are channels: faster"
+        w,b = _fold(self.body, 'conv1', 'bn1')
         w = F.pixel_unshuffle(F.pad(w.sum(1, keepdim=True), (0, 1, 0, 1)), 2)
         w,b = w.to(self.dtype, memory_format=torch.channels_last),b.to(self.dtype)
         def f(x):
             x = F.pixel_unshuffle(F.pad(x, (3, 3, 3, 3)), 2)
-            return F.conv2d(x.contiguous(memory_format=torch.channels_last), w, b)
+            x = F.conv2d(x.contiguous(memory_format=torch.channels_last), w, b)
+            return F.max_pool2d(F.relu_(x), 3, 2, 1)
         return f
 
-    def _layer(self, sd, conv, bn, size, stride, pad):
+    def _layer(self, conv, bn, size, stride, pad):
         "Function of a batch, and the size of its images"
-        w,b = _fold(sd, conv, bn)
+        w,b = _fold(self.body, conv, bn)
         out = (size+2*pad-w.shape[-1])//stride+1
         if size**2 > w.shape[-1]**2 and out>1:
             w,b = w.to(self.dtype, memory_format=torch.channels_last),b.to(self.dtype)
@@ -220,21 +232,36 @@ class Folded:
         b = b.repeat_interleave(out*out)
         return (lambda x: F.linear(x.flatten(1), m, b).view(len(x), -1, out, out)),out
 
-    @torch.inference_mode()
     def __call__(self,
         x:Tensor, # (n, 1, 32, 32), uint8
     ) -> dict: # `{head: (n, classes)}` logits, float32 on the CPU
         "Logits of all heads"
-        parts = [self._logits(_standard(o).to(self.dtype)) for o in x.split(500)]
-        return {k: torch.cat([o[k] for o in parts]) for k in self.heads}
+        return logits_together([self], x)[0]
 
     def _logits(self, x):
-        x = F.max_pool2d(F.relu_(self.stem(x)), 3, 2, 1)
-        for a,b,skip in self.blocks: x = F.relu_(b(F.relu_(a(x))) + skip(x))
         x = x.mean((2, 3))
         return {k: F.linear(x, *h).float().cpu() for k,h in self.heads.items()}
 
-# %% ../nbs/80_vision.ipynb #00000018
+# %% ../nbs/80_vision.ipynb #00000015
+@torch.inference_mode()
+def logits_together(
+    networks:list, # Of `Folded`, made with `like` so that they share stages
+    x:Tensor, # (n, 1, 32, 32), uint8
+) -> list: # `{head: (n, classes)}` of each, float32 on the CPU
+    "Logits of several networks; what they have in common from the first layer on runs once"
+    found = [{k: [] for k in o.heads} for o in networks]
+    for part in x.split(500):
+        start,done = _standard(part),{}
+        for o,res in zip(networks, found):
+            z,path = start.to(o.dtype),()
+            for stage in o.stages:
+                path += (id(stage),)
+                if path not in done: done[path] = stage(z)
+                z = done[path]
+            for k,v in o._logits(z).items(): res[k].append(v)
+    return [{k: torch.cat(v) for k,v in o.items()} for o in found]
+
+# %% ../nbs/80_vision.ipynb #0000001b
 def _shift(x, g, by=2):
     "Each image moved by up to `by` pixels"
     ix = torch.randint(0, 2*by+1, (2, len(x), 1), generator=g)
@@ -298,7 +325,7 @@ def train(
         raise ValueError(f"{label} diverged to NaN or Inf: lower lr={lr}")
     return model
 
-# %% ../nbs/80_vision.ipynb #0000001c
+# %% ../nbs/80_vision.ipynb #0000001f
 def digest(*parts) -> str: # 16 hexadecimal digits
     "Hash of tensors, strings, numbers and dictionaries of them"
     h = hashlib.sha256()
@@ -314,7 +341,7 @@ def _in_order(sd):
     with torch.device('meta'): names = torchvision.models.resnet18().state_dict()
     return {k: sd[k] for k in names}
 
-# %% ../nbs/80_vision.ipynb #0000001d
+# %% ../nbs/80_vision.ipynb #00000020
 def cached(
     recipe:dict, # All that makes the model; JSON
     make, # Function of a file for intermediate states that returns the trained module
@@ -332,7 +359,7 @@ def cached(
         (home/'unfinished.pt').unlink(missing_ok=True)
     return _in_order(load_file(home/'model.safetensors')),key
 
-# %% ../nbs/80_vision.ipynb #0000001e
+# %% ../nbs/80_vision.ipynb #00000021
 @dataclass(frozen=True)
 class Budget:
     "How long to train and how much to evaluate"
@@ -350,7 +377,7 @@ full = Budget()
 quick = Budget(base_epochs=1, base_lr=.1, expert_steps=250, max_epochs=12, lr=.05, batch=64, train=4000,
     test=1000)
 
-# %% ../nbs/80_vision.ipynb #00000020
+# %% ../nbs/80_vision.ipynb #00000023
 def _recipe(task, base_key, budget, seed):
     "All that makes an expert"
     epochs = min(-(-budget.expert_steps*budget.batch//len(task.x)), budget.max_epochs)
@@ -383,7 +410,7 @@ def make_base(
         lr=budget.base_lr, batch=budget.batch, seed=seed, resume=tmp, label='base', progress=progress),
         cache)
 
-# %% ../nbs/80_vision.ipynb #00000021
+# %% ../nbs/80_vision.ipynb #00000024
 def make_expert(
     task:Task,
     base:tuple[dict, str], # From `make_base`
@@ -398,7 +425,7 @@ def make_expert(
         epochs=recipe['epochs'], lr=budget.lr, batch=budget.batch, seed=seed, resume=tmp, label=task.name,
         progress=progress), cache)
 
-# %% ../nbs/80_vision.ipynb #00000023
+# %% ../nbs/80_vision.ipynb #00000026
 def _child():
     "Train one expert in a process of its own; the job comes through standard input"
     parent = os.getppid()
