@@ -284,11 +284,11 @@ def _loader(x):
     "Images as the paper loads them: one PIL image after the other, in batches of 128"
     import torch
     from torchvision import transforms as T
-    change = T.Compose([T.ToPILImage(), T.Pad(2), T.ToTensor(), T.Lambda(lambda o: o.repeat(3, 1, 1)),
+    change = T.Compose([T.ToPILImage(), T.Resize(32), T.ToTensor(), T.Lambda(lambda o: o.repeat(3, 1, 1)),
         T.Normalize(72/255, 90/255)])
     class Images(torch.utils.data.Dataset):
         def __len__(self): return len(x)
-        def __getitem__(self, i): return change(x[i,:,2:-2,2:-2])
+        def __getitem__(self, i): return change(x[i])
     return torch.utils.data.DataLoader(Images(), batch_size=128)
 
 def _plain_sweep(bench, plans):
@@ -311,18 +311,18 @@ def _plain_sweep(bench, plans):
 
 def bench_sweep(
     data=None, # Folder of FashionMNIST/raw, KMNIST/raw; else SPECTRUM_DATA, download, digits
-    budget=None, # `Budget`; by default the full one
+    budget=None, # `Budget`; by default the full one with all test images
     repeats:int=4, # Rounds: a whole sweep, and that part of the plain loop
     cache=None, # Folder of trained experts; by default `cache_dir`
     thresholds=(3, 5, 15, 25), # Of the SNR
     tasks:dict=None, # `{name: Task}`; by default those of `data`
 ) -> pd.DataFrame: # Contestant, seconds, ratio, plans, distinct plans, largest accuracy difference
     "The paper's grid on ResNet-18 with the budget's test images, against a plain float32 loop"
-    import numpy as np
+    from dataclasses import replace
     from spectrum_merging.plan import make_plan
     from spectrum_merging.run import Bench, paper_strategies
     from spectrum_merging.vision import full, load_tasks
-    lab = Bench(tasks or load_tasks(data), budget or full, cache=cache, progress=False)
+    lab = Bench(tasks or load_tasks(data), budget or replace(full, test=None), cache=cache, progress=False)
     plans = {(s, t): make_plan(s, lab.experts, estimator='paper_vision', protocol='paper',
         threshold=t, scans=lab.weight_scans) for s in paper_strategies for t in thresholds}
     def sweep(folder):

@@ -250,7 +250,7 @@ def logits_together(
 ) -> list: # `{head: (n, classes)}` of each, float32 on the CPU
     "Logits of several networks; what they have in common from the first layer on runs once"
     found = [{k: [] for k in o.heads} for o in networks]
-    for part in x.split(500):
+    for part in x.split(1000):
         start,done = _standard(part),{}
         for o,res in zip(networks, found):
             z,path = start.to(o.dtype),()
