@@ -115,7 +115,7 @@ def _draw_scores(ax, table, scores, experts):
         ax.text(i, m.hi+.02 if small else .02, f'{m.accuracy:.3f}', ha='center', weight='bold',
             color='k' if small else 'w')
     if not len(mean): ax.text(.5, .5, 'not measured', transform=ax.transAxes, ha='center')
-    ax.set(ylabel='test accuracy', ylim=(0, 1.02), xlim=(-.6, len(tasks)-.4))
+    ax.set(ylabel='accuracy', ylim=(0, 1.02), xlim=(-.6, len(tasks)-.4))
     ax.set_xticks(range(len(tasks)), tasks, fontsize=9, rotation=90*(sum(map(len, tasks))>24))
 
 def _caption(scores):
@@ -125,7 +125,9 @@ def _caption(scores):
     first,*rest = [f'{o:g}' for o in sorted(scores.seed.unique())]
     seeds = (f"seeds {', '.join([first, *rest])} (bars: their mean; layers: seed {first})" if rest
         else f'seed {first}')
-    return f'Accuracy: {n} test images per task, {seeds}; whiskers: 95 % Wilson intervals.'
+    held = 'split' in scores and (scores.split=='held').all()
+    return (f"Accuracy: {n} {'held-out training' if held else 'test'} images per task, {seeds}; "
+        "whiskers: 95 % Wilson intervals.")
 
 # %% ../nbs/90_explore.ipynb #00000017
 def plot_choice(
