@@ -175,6 +175,7 @@ class Bench:
     def together(self, ws):
         "Store the logits of merges with averaged statistics on test images; shared layers run once"
         todo = {f: w for w in ws if not (f := self._file(w)).exists()}
+        if not todo: return
         nets = []
         for w in todo.values(): nets.append(Folded(w.body, self._all_heads(w), like=nets))
         found = {t: logits_together(nets, o.test_x) for t,o in self.tasks.items()}
@@ -401,7 +402,8 @@ def update_weights(
 
 def _start(bench, chosen):
     "The ridge mean that matching starts from, made once"
-    return bench.made_once.setdefault('start', update_weights(bench, *chosen['ridge_mean']))
+    w = update_weights(bench, *chosen['ridge_mean'])
+    return bench.made_once.setdefault(w.name, w)
 
 # %% ../nbs/88_run.ipynb #00000018
 def choose(
