@@ -89,11 +89,12 @@ def summarise(
     wide = rows.pivot_table(index=by, columns='task', values='accuracy', sort=False, observed=True,
         dropna=False)[list(dict.fromkeys(rows.task))]
     g = rows.groupby(by, sort=False, dropna=False).normalised
-    res = wide.assign(mean_normalised=g.mean(), worst_normalised=g.min())
+    res = wide.assign(mean_normalised=g.mean())
     if 'seed' in rows and rows.seed.nunique()>1:
         per = rows.groupby([*by, 'seed'], sort=False, dropna=False).normalised.mean()
         ends = per.groupby(by, sort=False, dropna=False).apply(mean_interval)
         res = res.assign(lo=ends.str[1], hi=ends.str[2])
+    res = res.assign(worst_normalised=g.min())
     return res.dropna(how='all').rename_axis(columns=None).reset_index()
 
 # %% ../nbs/70_evaluate.ipynb #00000017

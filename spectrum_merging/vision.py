@@ -13,6 +13,7 @@ import hashlib, json, os, pickle, socket, subprocess, sys, time, torch, torch.nn
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from tempfile import TemporaryFile
@@ -20,6 +21,7 @@ from threading import Thread
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from .checkpoint import atomic, cache_dir, n_cores
+from .scan import map_single_threaded
 
 # %% ../nbs/80_vision.ipynb #00000007
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ class Folded:
         b,_ = self._layer(p+'conv2', p+'bn2', half, 1, 1)
         skip = (self._layer(p+'downsample.0', p+'downsample.1', size, 2, 0)[0] if stride==2
             else nn.Identity())
-        return lambda x: F.relu_(b(F.relu_(a(x))) + skip(x))
+        return lambda x: F.relu_(b(F.relu_(a(x))).add_(skip(x)))
 
     def _stem(self):
         "The first convolution, for grey images of which each 2 × 2 pixels are channels: faster"
@@ -218,7 +220,7 @@ class Folded:
         def f(x):
             x = F.pixel_unshuffle(F.pad(x, (3, 3, 3, 3)), 2)
             x = F.conv2d(x.contiguous(memory_format=torch.channels_last), w, b)
-            return F.max_pool2d(F.relu_(x), 3, 2, 1)
+            return F.relu_(F.max_pool2d(x, 3, 2, 1)) # after pooling there is less to do
         return f
 
     def _layer(self, conv, bn, size, stride, pad):
@@ -244,22 +246,26 @@ class Folded:
 
 # %% ../nbs/80_vision.ipynb #00000015
 @torch.inference_mode()
+def _shared(networks, part):
+    "Logits of several networks for a few images"
+    start,done,res = _standard(part),{},[]
+    for o in networks:
+        z,path = start.to(o.dtype),()
+        for stage in o.stages:
+            path += (id(stage),)
+            if path not in done: done[path] = stage(z)
+            z = done[path]
+        res.append(o._logits(z))
+    return res
+
 def logits_together(
     networks:list, # Of `Folded`, made with `like` so that they share stages
     x:Tensor, # (n, 1, 32, 32), uint8
 ) -> list: # `{head: (n, classes)}` of each, float32 on the CPU
     "Logits of several networks; what they have in common from the first layer on runs once"
-    found = [{k: [] for k in o.heads} for o in networks]
-    for part in x.split(1000):
-        start,done = _standard(part),{}
-        for o,res in zip(networks, found):
-            z,path = start.to(o.dtype),()
-            for stage in o.stages:
-                path += (id(stage),)
-                if path not in done: done[path] = stage(z)
-                z = done[path]
-            for k,v in o._logits(z).items(): res[k].append(v)
-    return [{k: torch.cat(v) for k,v in o.items()} for o in found]
+    cpu = _device()=='cpu'
+    found = list(map_single_threaded(partial(_shared, networks), x.split(250 if cpu else 1000), n_cores() if cpu else 1))
+    return [{k: torch.cat([o[i][k] for o in found]) for k in net.heads} for i,net in enumerate(networks)]
 
 # %% ../nbs/80_vision.ipynb #0000001b
 def _shift(x, g, by=2):
