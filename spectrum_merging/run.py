@@ -26,13 +26,14 @@ from .align import align, permutation_spec
 from .checkpoint import atomic
 from .evaluate import (compare, control_scans, controls, holm, majority, mcnemar,
     mean_interval, normalise, score_rows, shapley, summarise)
+from .experts import digest
 from .merge import merge
 from .plan import make_plan, update_plan
 from spectrum_merging.plot import (plot_bars, plot_layers, plot_lines, plot_snr,
     plot_thresholds)
 from .repair import reestimate_bn, repair_channels, variance_ratio
 from .scan import scan
-from .vision import (Budget, Folded, cache_dir, digest, fast, full, load_tasks,
+from .vision import (Budget, Folded, cache_dir, fast, full, load_tasks,
     logits_together, make_base, make_experts, prepare, resnet18)
 
 # %% ../nbs/88_run.ipynb #00000007

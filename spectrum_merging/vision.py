@@ -6,21 +6,18 @@ Docs: https://spectrum.github.io/spectrum-merging/vision.html.md"""
 
 # %% auto #0
 __all__ = ['full', 'quick', 'Task', 'digits_tasks', 'load_tasks', 'fast', 'prepare', 'resnet18', 'predict', 'accuracy', 'Folded',
-           'logits_together', 'train', 'digest', 'cached', 'Budget', 'make_base', 'make_expert', 'make_experts']
+           'logits_together', 'train', 'cached', 'Budget', 'make_base', 'make_expert', 'make_experts']
 
 # %% ../nbs/80_vision.ipynb #00000003
-import hashlib, json, os, pickle, socket, subprocess, sys, time, torch, torch.nn.functional as F, torchvision
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
+import json, os, socket, torch, torch.nn.functional as F, torchvision
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from safetensors.torch import load_file, save_file
-from tempfile import TemporaryFile
-from threading import Thread
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from .checkpoint import atomic, cache_dir, n_cores
+from .experts import digest, side_by_side
 from .scan import map_single_threaded
 
 # %% ../nbs/80_vision.ipynb #00000007
@@ -332,16 +329,6 @@ def train(
     return model
 
 # %% ../nbs/80_vision.ipynb #0000001f
-def digest(*parts) -> str: # 16 hexadecimal digits
-    "Hash of tensors, strings, numbers and dictionaries of them"
-    h = hashlib.sha256()
-    for o in parts:
-        if isinstance(o, Tensor):
-            raw = o.contiguous().flatten().view(torch.uint8)
-            h.update(f'{o.dtype}{tuple(o.shape)}'.encode() + raw.numpy().tobytes())
-        else: h.update(json.dumps(o, sort_keys=True).encode())
-    return h.hexdigest()[:16]
-
 def _in_order(sd):
     "A state dict in the order of ResNet-18's layers; files are sorted by name"
     with torch.device('meta'): names = torchvision.models.resnet18().state_dict()
@@ -432,35 +419,6 @@ def make_expert(
         progress=progress), cache)
 
 # %% ../nbs/80_vision.ipynb #00000026
-def _child():
-    "Train one expert in a process of its own; the job comes through standard input"
-    parent = os.getppid()
-    def watch():
-        while os.getppid()==parent: time.sleep(1)
-        os._exit(1)
-    Thread(target=watch, daemon=True).start()
-    def tell(n): print(n, flush=True)
-    try: make_expert(*pickle.load(sys.stdin.buffer), progress=tell)
-    except ValueError as e:
-        print(e, file=sys.stderr)
-        sys.exit(3)
-
-def _in_child(job, running, done):
-    "Run `_child`, call `done` with steps as it takes them; raise its error"
-    with TemporaryFile() as errors:
-        p = subprocess.Popen([sys.executable, '-c', 'from spectrum_merging.vision import _child; _child()'],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-            env=os.environ | dict(OMP_NUM_THREADS='1'))
-        running.append(p)
-        with suppress(BrokenPipeError), p.stdin: p.stdin.write(pickle.dumps(job))
-        for line in p.stdout: done(int(line))
-        p.wait()
-        errors.seek(0)
-        text = errors.read().decode(errors='replace').strip()
-    if p.returncode==3: raise ValueError(text)
-    if p.returncode: raise RuntimeError(f"training {job[0].name} ended with status {p.returncode}: "
-        f"{text.splitlines()[-1] if text else 'killed; is there enough memory?'}")
-
 def make_experts(
     jobs:list, # `(Task, Budget, seed)` of each expert
     base:tuple[dict, str], # From `make_base`
@@ -475,18 +433,7 @@ def make_experts(
         done = (cache/'models'/digest(r)/'model.safetensors').exists()
         return 0 if done else r['epochs']*(len(t.x)//b.batch)
     work = {i: k for i,o in enumerate(jobs) if (k := steps(*o)) >= 200}
-    running = []
     if len(work)>1 and n>1 and _device()=='cpu':
-        bar = tqdm(total=sum(work.values()), desc='experts', unit='step', disable=not progress,
-            leave=False)
-        with ThreadPoolExecutor(min(n, len(work))) as pool:
-            try:
-                todo = [pool.submit(_in_child, (t, base, b, s, cache), running, bar.update)
-                    for i in sorted(work, key=lambda i: -work[i]) for t,b,s in [jobs[i]]]
-                for f in as_completed(todo): f.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for p in running: p.kill()
-                raise
-            finally: bar.close()
+        side_by_side([(f'training {t.name}', k, make_expert, (t, base, b, s, cache))
+            for i,k in work.items() for t,b,s in [jobs[i]]], n, progress)
     return [make_expert(t, base, b, s, cache, progress) for t,b,s in jobs]
