@@ -30,6 +30,7 @@ def plot_thresholds(
     lines:dict, # `{task: {label: accuracy}}`, drawn as dotted horizontal lines
     caption='', # Data, n and seeds, set below the figure
     beside:pd.DataFrame=None, # Others' figures: strategy, threshold, a column per task; hollow
+    xlabel='SNR threshold', ylabel='test accuracy', # Texts
 ) -> Figure: # One panel per task
     "Accuracy of each strategy against the SNR threshold, with 95 % intervals"
     tasks = list(dict.fromkeys(rows.task))
@@ -51,9 +52,9 @@ def plot_thresholds(
             ax.axhline(y, ls=':', color=color)
             ax.text(.99, y+.01, label, transform=ax.get_yaxis_transform(), ha='right', fontsize=8,
                 color=color)
-        ax.set(title=task, xlabel='SNR threshold', ylim=(0, 1.02), xticks=range(len(x)),
+        ax.set(title=task, xlabel=xlabel, ylim=(0, 1.02), xticks=range(len(x)),
             xticklabels=[f'{t:g}' for t in x])
-    axs[0].set_ylabel('test accuracy')
+    axs[0].set_ylabel(ylabel)
     fig.legend(*axs[0].get_legend_handles_labels(), loc='outside right upper', frameon=False,
         fontsize=8)
     return _finish(fig, axs, caption)

@@ -26,14 +26,14 @@ from .align import align, permutation_spec
 from .checkpoint import atomic
 from .evaluate import (compare, control_scans, controls, holm, majority, mcnemar,
     mean_interval, normalise, score_rows, shapley, summarise)
-from .experts import digest
+from .experts import digest, fast
 from .merge import merge
 from .plan import make_plan, update_plan
 from spectrum_merging.plot import (plot_bars, plot_layers, plot_lines, plot_snr,
     plot_thresholds)
 from .repair import reestimate_bn, repair_channels, variance_ratio
 from .scan import scan
-from .vision import (Budget, Folded, cache_dir, fast, full, load_tasks,
+from .vision import (Budget, Folded, cache_dir, full, load_tasks,
     logits_together, make_base, make_experts, prepare, resnet18)
 
 # %% ../nbs/88_run.ipynb #00000007
@@ -884,10 +884,10 @@ def run_vision(
         seconds=round(time.perf_counter()-start, 1), steps=took, tasks={k: repr(t) for k,t in tasks.items()},
         seeds=[b.seed for b in benches], chosen=chosen, **_machine())
     res = Results(_normalised(rows, experts), variance, chosen, benches, about)
-    if out: _write(out, res)
+    if out: _write(out, res, tables(res), figures(res))
     return res
 
-def _write(out, results):
+def _write(out, results, tables, figures):
     "CSV, JSON, scans and figures, in a folder that appears when it is complete"
     tmp = out.with_name(f'.{out.name}.{os.getpid()}.tmp')
     (tmp/'scans').mkdir(parents=True)
@@ -902,9 +902,9 @@ def _write(out, results):
             index[of] = {t: f"{of}-{t.replace(' ', '-')}.csv" for t in scans}
             for t,df in scans.items(): df.to_csv(tmp/'scans'/index[of][t], index=False)
         (tmp/'scans'/'index.json').write_text(json.dumps(index))
-        for k,df in tables(results).items():
+        for k,df in tables.items():
             df.to_csv(tmp/f"table-{k.replace(' ', '-').replace(',', '').lower()}.csv", index=False)
-        for k,fig in figures(results).items():
+        for k,fig in figures.items():
             fig.savefig(tmp/f'{k}.png', dpi=120, bbox_inches='tight')
         if out.exists(): out.rmdir()
         os.rename(tmp, out)

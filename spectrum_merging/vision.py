@@ -154,17 +154,31 @@ def _fold(sd, conv, bn):
     gain = sd[f'{bn}.weight']/(sd[f'{bn}.running_var']+1e-5).sqrt()
     return sd[f'{conv}.weight']*gain[:,None,None,None],sd[f'{bn}.bias']-sd[f'{bn}.running_mean']*gain
 
-def _as_matrix(w, size, stride, pad):
-    "A convolution of `size` × `size` images as one matrix"
-    o,c,k,_ = w.shape
-    out = (size+2*pad-k)//stride+1
-    m = w.new_zeros(o, out, out, c, size, size)
+def _patches(w, size, stride, pad):
+    "`{(rows, columns) of the input: its output pixels}` and the matrix of each, for one convolution"
+    k,out,groups = w.shape[-1],(size+2*pad-w.shape[-1])//stride+1,{}
     for i in range(out):
         for j in range(out):
             y,x = i*stride-pad,j*stride-pad
-            a,b = slice(max(0, y), min(size, y+k)),slice(max(0, x), min(size, x+k))
-            m[:,i,j,:,a,b] = w[:,:,a.start-y:a.stop-y,b.start-x:b.stop-x]
-    return m.reshape(o*out*out, c*size*size)
+            at = max(0, y),min(size, y+k),max(0, x),min(size, x+k)
+            part = w[:,:,at[0]-y:at[1]-y,at[2]-x:at[3]-x]
+            groups.setdefault(at, []).append((i*out+j, part.permute(0, 2, 3, 1).flatten(1)))
+    return {at: ([p for p,_ in o], torch.cat([m for _,m in o])) for at,o in groups.items()},out
+
+def _as_matrices(w, b, size, stride, pad, dtype):
+    "A convolution with few output pixels as a matrix for each patch of its input that it sees"
+    groups,out = _patches(w, size, stride, pad)
+    order = [p for ps,_ in groups.values() for p in ps]
+    back = None if order==sorted(order) else torch.tensor(order, device=w.device).argsort()
+    todo = [(slice(*at[:2]), slice(*at[2:]), m.to(dtype), b.to(dtype).repeat(len(ps)))
+        for at,(ps,m) in groups.items()]
+    def f(x):
+        x = x.permute(0, 2, 3, 1)
+        y = [F.linear(x[:,r,c].flatten(1), m, b) for r,c,m,b in todo]
+        y = (y[0] if len(y)==1 else torch.cat(y, 1)).view(len(x), out*out, -1)
+        y = y if back is None else y[:,back]
+        return y.view(len(x), out, out, -1).permute(0, 3, 1, 2)
+    return f
 
 class Folded:
     "ResNet-18 for 32 × 32 images, for evaluation only"
@@ -213,12 +227,9 @@ class Folded:
         "Function of a batch, and the size of its images"
         w,b = _fold(self.body, conv, bn)
         out = (size+2*pad-w.shape[-1])//stride+1
-        if size**2 > w.shape[-1]**2 and out>1:
-            w,b = w.to(self.dtype, memory_format=torch.channels_last),b.to(self.dtype)
-            return (lambda x: F.conv2d(x, w, b, stride, pad)),out
-        m,b = _as_matrix(w, size, stride, pad).to(self.dtype),b.to(self.dtype)
-        b = b.repeat_interleave(out*out)
-        return (lambda x: F.linear(x.flatten(1), m, b).view(len(x), -1, out, out)),out
+        if out<3: return _as_matrices(w, b, size, stride, pad, self.dtype),out
+        w,b = w.to(self.dtype, memory_format=torch.channels_last),b.to(self.dtype)
+        return (lambda x: F.conv2d(x, w, b, stride, pad)),out
 
     def __call__(self,
         x:Tensor, # (n, 1, 32, 32), uint8

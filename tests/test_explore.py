@@ -41,7 +41,7 @@ def make_merges():
     return scans,pd.DataFrame(rows),dict(zip(tasks, (.95, .97)))
 
 def write_results(d, scans, rows, experts):
-    "The same as a folder that `spectrum-run vision` could have written"
+    "The same as a folder that `spectrum-run` could have written"
     (d/'scans').mkdir(parents=True)
     index = {of: {t: f"{of}-{t.replace(' ', '-')}.csv" for t in o} for of,o in scans.items()}
     for of,o in scans.items():
@@ -191,7 +191,7 @@ def test_broken_folders(results, file, text, error):
     with pytest.raises((FileNotFoundError, ValueError), match=error): MergePanel.from_folder(results)
 
 def test_no_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match='spectrum-run vision --out'): MergePanel.from_folder(tmp_path/'no')
+    with pytest.raises(FileNotFoundError, match='spectrum-run EXPERIMENT --out'): MergePanel.from_folder(tmp_path/'no')
 
 def test_notebook_for_voila(results, tmp_path):
     "One cell that runs by itself, whatever the folder is called"

@@ -1,0 +1,120 @@
+"The text experiments as a whole, small: every table, findings, resumed from the cache, read by the panel."
+import json, numpy as np, pandas as pd, pytest, subprocess, sys
+from spectrum_merging import run_text as rt
+from spectrum_merging.cli import run_cli
+from spectrum_merging.explore import MergePanel
+from spectrum_merging.nlp import TextBudget, generated_texts, tiny_base
+from spectrum_merging.run_text import (TextBench, claim_rows, claim_table, run_text, selected, text_figures,
+    text_tables)
+
+tiny = TextBudget(steps=60, max_epochs=3, lr=2e-3, batch=32, train=480, test=80, calibration=32)
+few = dict(task_arithmetic=[('task_arithmetic', .5), ('task_arithmetic', .7)],
+    ridge_mean=[('ridge_mean(eps=0.1)', 1.)], tsv_m=[('tsv_m', 1.)], regmean=[('regmean(alpha=0.9)', 1.)])
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory): return tmp_path_factory.mktemp('cache')
+
+@pytest.fixture(scope='module', autouse=True)
+def few_candidates():
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(rt, 'text_candidates', few)
+        yield
+
+def tiny_run(cache, names, out=False, third='Emotion', **how):
+    return run_text(names, out=out, budget=tiny, base=tiny_base(cache), cache=cache, progress=False,
+        tasks=generated_texts([*names, third]), tops=[25, 50, 70], **how)
+
+@pytest.fixture(scope='module')
+def results(cache, tmp_path_factory):
+    out = tmp_path_factory.mktemp('run')/'out'
+    return tiny_run(cache, ('SST-2','CoLA'), out, seeds=2),out
+
+def test_every_table(results):
+    (res,out),r = results,results[0].rows
+    assert set(r.table)=={'reference','paper','grid','methods','one head','controls','claims','three'}
+    assert set(r.seed)=={0, 1} and set(r.split.dropna())=={'validation'}
+    scored = r[r.table!='claims']
+    assert scored.accuracy.between(0, 1).all() and scored.mcc.between(-1, 1).all()
+    sound = r[~r.table.isin(['claims','paper'])]
+    assert sound.normalised.notna().all()
+    own = sound[[m==f'expert {t}, own head' for m,t in zip(sound.method, sound.task)]]
+    assert len(own)==4 and np.allclose(own.normalised, 1)
+    assert set(r.task[r.table=='three'])=={'praise','word order','feelings'}
+    paper = r[r.table=='paper']
+    assert set(paper.n)=={80} and len(paper)==2*(9*2+2)
+    found = text_tables(res)
+    assert len(found)==9 and all(len(o) for o in found.values())
+    assert 'word order MCC / expert' in found['Methods, one head per task']
+    assert {'paper','grid','methods','controls','snr_weights','snr_updates'}==set(text_figures(res))
+    names = {p.name for p in out.iterdir()}
+    assert names >= {'results.csv','results.json','scans','paper.png','table-findings.csv'}
+    about = json.loads((out/'results.json').read_text())
+    assert about['experiment']=='sst2-cola' and len(about['rows'])==len(r)
+
+def test_other_classes_get_a_random_head(cache):
+    "Emotion's head is replaced for the paper's protocol, its labels are folded; nowhere else"
+    res = tiny_run(cache, ('SST-2','Emotion'), third='CoLA', parts=['paper','methods'])
+    b = res.bench
+    experts,labels = rt._as_published(b, 50)
+    assert experts['feelings']['classifier.weight'].shape==(2, 64) and set(labels['feelings'])=={0, 1}
+    assert b.experts['feelings']['classifier.weight'].shape==(6, 64)
+    assert 'one head' not in set(res.rows.table) and b.mean_head is None
+
+def test_same_again_from_cache(cache, results):
+    old = {p: p.stat().st_mtime_ns for p in cache.rglob('*.npz')}
+    again = tiny_run(cache, ('SST-2','CoLA'), seeds=2)
+    pd.testing.assert_frame_equal(again.rows, results[0].rows)
+    assert old=={p: p.stat().st_mtime_ns for p in cache.rglob('*.npz')}
+
+def test_settings_come_from_held_out_sentences(cache, results, monkeypatch):
+    "The choice does not change when validation labels do"
+    b = TextBench({k: t for k,t in generated_texts(['SST-2','CoLA']).items()}, tiny, tiny_base(cache), 0, cache,
+        False)
+    b.labels['test'] = {k: 1-v for k,v in b.labels['test'].items()}
+    assert rt.choose_text(b, rt.text_grid_rows(b, 'held'))==results[0].chosen
+
+def test_selected_tensors(results):
+    s = selected(results[0].bench, 25)
+    assert set(s.kind)=={'attention','feed-forward','norm'} and 0 < s.passes.sum() <= .3*len(s)
+    assert (s[s.kind=='norm'].filter(like='snr_')==0).all(axis=None)
+
+def test_verdicts():
+    def rows(ds, p=.001):
+        return pd.DataFrame([dict(finding='f', how='h', task='t', better='a', worse='b', metric='mcc',
+            difference=d, p=p, n=100, seed=i) for i,d in enumerate(ds)])
+    for ds,want in {(.1, .11, .12): 'holds', (-.1, -.11, -.12): 'does not hold',
+            (.1, -.1, .0): 'cannot be told', (.1,): 'cannot be told'}.items():
+        assert claim_table(rows(ds)).verdict.tolist()==[want]
+
+def test_panel_reads_it(results):
+    panel = MergePanel.from_folder(results[1])
+    assert panel.strategy.value=='snr_winner' and len(panel.scores)
+    panel.top.value = 70
+    assert 'validation sentences' in str(panel.image.value) or len(panel.image.value) > 1000
+
+def test_errors_before_any_work(cache, tmp_path):
+    with pytest.raises(ValueError, match="'all' is unknown"): tiny_run(cache, ('SST-2','CoLA'), parts=['all'])
+    with pytest.raises(ValueError, match='seeds is 0'): tiny_run(cache, ('SST-2','CoLA'), seeds=0)
+    (tmp_path/'x').write_text('')
+    with pytest.raises(FileExistsError): tiny_run(cache, ('SST-2','CoLA'), tmp_path)
+
+def test_ready_made_experts(cache, results, tmp_path):
+    "Experts by folder give what the same experts gave when trained; one with other classes is refused"
+    b = results[0].bench
+    again = run_text(('SST-2','CoLA'), out=False, budget=tiny, base=tiny_base(cache), cache=tmp_path,
+        experts=b.folders, progress=False, tasks=generated_texts(['SST-2','CoLA']), chosen=results[0].chosen,
+        parts=['methods'])
+    want = results[0].part('methods').query('seed==0').accuracy.to_numpy()
+    assert np.array_equal(again.part('methods').accuracy.to_numpy(), want)
+    with pytest.raises(ValueError, match='has 2 classes, feelings has 6'):
+        TextBench(generated_texts(['SST-2','Emotion']), tiny, tiny_base(cache), 0, cache, False,
+            dict(zip(('praise','feelings'), b.folders.values())))
+
+@pytest.mark.parametrize('args,match', [(['all','--base','x'], 'are for one experiment'),
+    (['vision','--experts','SST-2=a'], 'for text experiments'),
+    (['sst2-cola','--experts','SST-2=a'], 'pass SST-2=FOLDER CoLA=FOLDER'),
+    (['sst2-cola','--experts','SST-2=a','CoLA=b'], 'need --base')])
+def test_command_line_errors(args, match):
+    code = 'from spectrum_merging.cli import run_cli; run_cli()'
+    p = subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True)
+    assert p.returncode and match in p.stderr
