@@ -269,8 +269,8 @@ def text_logits(
 @dataclass(frozen=True)
 class TextBudget:
     "How long to train and how much to evaluate"
-    steps:int=1500 # Optimiser steps per expert at least
-    max_epochs:int=6 # Epochs per expert at most
+    steps:int=1050 # Optimiser steps per expert at least
+    max_epochs:int=10 # Epochs per expert at most
     lr:float=1e-4 # Highest learning rate
     batch:int=64 # Sentences per step
     train:int=None # Training sentences per task; None takes all
