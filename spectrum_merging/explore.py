@@ -125,8 +125,9 @@ def _caption(scores):
     first,*rest = [f'{o:g}' for o in sorted(scores.seed.unique())]
     seeds = (f"seeds {', '.join([first, *rest])} (bars: their mean; layers: seed {first})" if rest
         else f'seed {first}')
-    held = 'split' in scores and (scores.split=='held').all()
-    return (f"Accuracy: {n} {'held-out training' if held else 'test'} images per task, {seeds}; "
+    split = scores.split.iloc[0] if 'split' in scores else 'test'
+    what = dict(held='held-out training images', validation='validation sentences').get(split, 'test images')
+    return (f"Accuracy: {n} {what} per task, {seeds}; "
         "whiskers: 95 % Wilson intervals.")
 
 # %% ../nbs/90_explore.ipynb #00000017
@@ -246,7 +247,7 @@ class MergePanel(W.VBox):
         self.image = W.Image(layout=dict(width='100%', max_width='960px', height='auto',
             flex='0 0 auto', align_self='flex-start'))
         self.text = W.HTML()
-        controls = self.strategy,self.of,self.bn,self.top
+        controls = [self.strategy, self.of, *[self.bn]*(rows.bn.nunique()>1), self.top]
         for o in controls: o.observe(self._update, 'value')
         super().__init__([W.HBox(controls, layout=dict(flex_flow='row wrap', grid_gap='4px 16px')),
             self.image, self.text])
@@ -277,7 +278,7 @@ def _read(path, read):
     "What `read` makes of a file. Raises `FileNotFoundError`, and `ValueError` naming the file"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: pass a folder that this version of "
-            "`spectrum-run vision --out FOLDER` wrote")
+            "`spectrum-run EXPERIMENT --out FOLDER` wrote")
     try: return read(path)
     except ValueError as e: raise ValueError(f"{path} cannot be read: {e}") from e
 
@@ -293,13 +294,13 @@ def _grid(path):
     "Rows of the grid and accuracies of the experts. Raises `ValueError`"
     rows = pd.read_csv(path)
     if lost := [k for k in ['table','method']+_needed if k not in rows]:
-        raise ValueError(f"it lacks the columns {lost}; run `spectrum-run vision` again")
+        raise ValueError(f"it lacks the columns {lost}; run `spectrum-run` again")
     grid = rows[rows.table=='grid'].dropna(axis=1, how='all')
     if not len(grid): raise ValueError("it has no rows of the table 'grid'")
     return grid,{t: _own_expert(rows, t) for t in dict.fromkeys(grid.task)}
 
 def read_folder(
-    folder, # Folder that `spectrum-run vision` wrote
+    folder, # Folder that `spectrum-run` wrote
 ) -> tuple[dict, pd.DataFrame, dict]: # scans, rows, experts of `MergePanel`
     "What a panel needs, from results.csv and scans/. Raises `FileNotFoundError`, `ValueError`"
     folder = Path(folder)
@@ -321,14 +322,14 @@ def read_folder(
 @patch(cls_method=True)
 def from_folder(
     cls:MergePanel,
-    folder, # Folder that `spectrum-run vision` wrote
+    folder, # Folder that `spectrum-run` wrote
 ) -> MergePanel:
     "The panel for a folder of results. Raises `FileNotFoundError`, `ValueError`"
     return cls(*read_folder(folder))
 
 # %% ../nbs/90_explore.ipynb #0000002b
 def write_notebook(
-    folder, # Folder that `spectrum-run vision` wrote
+    folder, # Folder that `spectrum-run` wrote
     file, # Notebook to write
 ) -> Path:
     "A notebook whose one cell shows the panel of a folder, for voila or Jupyter"

@@ -160,10 +160,10 @@ def load_classifier(
     names:tuple=None, # Of the classes, for a new head; by default the head that is there
     seed:int=0, # Of a new head
 ) -> nn.Module: # `AutoModelForSequenceClassification` in float32
-    "An encoder with a classification head. Raises `ValueError` where it has another number of classes"
+    "An encoder with a classification head; with `names`, a head of another size is replaced by a new one"
     from transformers import AutoModelForSequenceClassification
-    new = {} if names is None else dict(num_labels=len(names), id2label=dict(enumerate(names)),
-        label2id={o: i for i,o in enumerate(names)})
+    new = {} if names is None else dict(num_labels=len(names), ignore_mismatched_sizes=True,
+        id2label=dict(enumerate(names)), label2id={o: i for i,o in enumerate(names)})
     with torch.random.fork_rng(), _quiet():
         torch.manual_seed(seed)
         return AutoModelForSequenceClassification.from_pretrained(str(path), dtype=torch.float32,

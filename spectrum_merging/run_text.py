@@ -6,9 +6,9 @@ Docs: https://spectrum.github.io/spectrum-merging/run_text.html.md"""
 
 # %% auto #0
 __all__ = ['published_text', 'paper_text_strategies', 'text_candidates', 'three_methods', 'every_text', 'TextBench',
-           'text_references', 'paper_plans', 'paper_text_rows', 'selected', 'text_grid_rows', 'choose_text',
-           'text_method_rows', 'text_control_rows', 'claim_rows', 'claim_table', 'text_three_rows', 'text_tables',
-           'selected_table', 'text_figures', 'run_text']
+           'text_references', 'paper_plans', 'paper_text_rows', 'noise_like', 'selected', 'text_grid_rows',
+           'choose_text', 'text_method_rows', 'text_control_rows', 'claim_rows', 'claim_table', 'text_three_rows',
+           'text_tables', 'selected_table', 'text_figures', 'run_text']
 
 # %% ../nbs/89_run_text.ipynb #00000003
 import numpy as np, pandas as pd, time, torch
@@ -25,8 +25,8 @@ from .evaluate import (bootstrap, control_scans, controls, holm, majority, mcnem
     mean_interval, score, score_rows, summarise)
 from .experts import digest, fast
 from .merge import merge
-from .nlp import (Base, TextBudget, find_base, full_text, load_classifier, load_texts,
-    load_tokenizer, text_batches, text_experts, text_logits)
+from .nlp import (Base, TextBudget, find_base, full_text, generated_texts, load_classifier,
+    load_texts, load_tokenizer, text_batches, text_experts, text_logits)
 from .plan import make_plan
 from .plot import plot_bars, plot_snr, plot_thresholds
 from .run import (Results, Weights, _machine, _stored, _write, candidates,
@@ -41,6 +41,8 @@ class _Ids(nn.Module):
         super().__init__()
         self.module = module
     def forward(self, ids): return self.module(input_ids=ids).logits
+
+def _share(part, whole): return part/whole if whole else np.nan # an expert may have learnt nothing
 
 class TextBench:
     "Experts, base and text tasks of one seed, and the predictions of merges of them"
@@ -128,8 +130,9 @@ class TextBench:
         for r in rows:
             t,own = r['task'],self.expert_scores[split, r['task']]
             zero,metric = self.base_scores[split, t]['accuracy'],self.tasks[t].metric
-            r |= dict(metric=metric, normalised=r['accuracy']/own['accuracy'], kept=r[metric]/own[metric],
-                nai=(r['accuracy']-zero)/(own['accuracy']-zero))
+            r |= dict(metric=metric, normalised=_share(r['accuracy'], own['accuracy']),
+                kept=_share(r[metric], own[metric]),
+                nai=_share(r['accuracy']-zero, own['accuracy']-zero))
         return rows
 
     def alone(self, task):
@@ -151,7 +154,7 @@ class TextBench:
 
     def held_out(self, w):
         "What counts on held-out sentences relative to the experts, mean of tasks"
-        return float(np.mean([r['kept'] for r in self.rows(w, 'held')]))
+        return float(np.nanmean([r['kept'] for r in self.rows(w, 'held')]))
 
     def planned(self, plan, grams=None, name='', experts=None):
         "The body that a plan makes; its head where the plan merges heads"
@@ -254,24 +257,32 @@ def paper_text_rows(
         rows += score_rows({t: p}, {t: bench.labels['test'][t][:n]}, **about, method=f'expert {t}')
     return rows
 
+def noise_like(
+    experts:dict, # `{task: state dict}`
+    seed:int=0,
+) -> dict: # The same with independent normal numbers in every matrix
+    "State dicts of the same shapes that hold nothing"
+    g = torch.Generator().manual_seed(seed)
+    return {t: {k: .02*torch.randn(v.shape, generator=g) if v.dim()>1 else v for k,v in sd.items()}
+        for t,sd in experts.items()}
+
 def selected(
     bench:TextBench,
     top:float=25, # Share of tensors, in %
-) -> pd.DataFrame: # name, shape, snr_…, kind, passes: one row per decided tensor
+    experts:dict=None, # `{task: state dict}` with heads of one shape; by default the bench's
+) -> pd.DataFrame: # name, kind, snr_…, shape, passes: one row per decided tensor
     "Which tensors the paper's formula selects"
-    experts,_ = _as_published(bench, 1)
-    table = paper_plans(bench, experts, [top])['snr_winner', top].table
+    table = paper_plans(bench, experts or _as_published(bench, 1)[0], [top])['snr_winner', top].table
     table = table[table.reason.str.startswith('largest SNR')]
     def kind(k):
-        if 'LayerNorm' in k or 'layer_norm' in k: return 'norm'
-        if 'attention' in k: return 'attention'
-        return 'feed-forward' if bench.base[k].dim()>1 else 'norm'
+        if len(bench.base[k].shape)<2: return 'norm'
+        return 'attention' if 'attention' in k else 'feed-forward'
     snrs = [f'snr_{t}' for t in bench.tasks]
     return pd.DataFrame(dict(name=table.name, kind=table.name.map(kind), **{k: table[k] for k in snrs},
         shape=[tuple(bench.base[k].shape) for k in table.name],
         passes=table.reason.str.contains('>'))).reset_index(drop=True)
 
-# %% ../nbs/89_run_text.ipynb #0000000d
+# %% ../nbs/89_run_text.ipynb #00000010
 text_candidates = candidates | dict(task_arithmetic=[('task_arithmetic', s) for s in (.3, .5, .7, .9, 1.1)],
     ridge_mean=[(f'ridge_mean(eps={e})', s) for e in (.01, .03, .1, .3) for s in (1., 1.2)],
     regmean=[(f'regmean(alpha={a})', 1.) for a in (.7, .9, 1.)])
@@ -352,7 +363,7 @@ def text_control_rows(
             p=mcnemar(first, preds, truth)['p'])
     return rows
 
-# %% ../nbs/89_run_text.ipynb #00000010
+# %% ../nbs/89_run_text.ipynb #00000013
 def _claims(tasks):
     "`[(finding, task, better, worse)]`; merges are `(strategy, top)`"
     (first,*rest),res = tasks,[]
@@ -406,7 +417,7 @@ def claim_table(
             difference=mean, lo=lo, hi=hi, p=o.p.max(), n=int(o.n.iloc[0]), seeds=len(o), verdict=verdict))
     return pd.DataFrame(found)
 
-# %% ../nbs/89_run_text.ipynb #00000012
+# %% ../nbs/89_run_text.ipynb #00000016
 three_methods = 'task_arithmetic','ridge_mean','tsv_m','regmean'
 
 def text_three_rows(
@@ -418,7 +429,7 @@ def text_three_rows(
         method='expert')
     return rows + text_method_rows(bench, chosen, 'three')
 
-# %% ../nbs/89_run_text.ipynb #00000014
+# %% ../nbs/89_run_text.ipynb #00000018
 def text_tables(
     results:Results,
 ) -> dict: # `{title: DataFrame}`
@@ -454,11 +465,13 @@ def selected_table(
     bench:TextBench,
     tops=(25, 50, 70), # Shares of tensors, in %
 ) -> pd.DataFrame: # kind, tensors, and how many of them each share selects
-    "How many tensors of each kind the paper's formula selects"
-    found = {p: selected(bench, p) for p in tops}
-    first = found[tops[0]].groupby('kind', sort=False)
-    return pd.DataFrame(dict(tensors=first.size()) | {f'top {p} %': o.groupby('kind', sort=False).passes.sum()
-        for p,o in found.items()}).reset_index()
+    "How many tensors of each kind the paper's formula selects, from the experts and from noise"
+    def passing(top, experts=None):
+        return selected(bench, top, experts).groupby('kind', sort=False).passes.sum()
+    noise = noise_like(_as_published(bench, 1)[0])
+    sizes = selected(bench, tops[0]).groupby('kind', sort=False).size()
+    return pd.DataFrame(dict(tensors=sizes) | {f'top {p} %': passing(p) for p in tops}
+        | {f'of noise, top {p} %': passing(p, noise) for p in tops}).reset_index()
 
 def _text_caption(results):
     n = '; '.join(f'{k}: {len(t.x):,} training, {len(t.test_x):,} validation sentences'
@@ -541,7 +554,11 @@ def run_text(
     out = None if out is False else new_folder(out, title)
     began = time.perf_counter()
     third = [o for o in ('SST-2','CoLA','Emotion') if o not in names] if 'three' in parts and not experts else []
-    loaded = tasks or load_texts([*names, *third], root)
+    loaded = tasks or load_texts(names, root)
+    if third and tasks is None:
+        try: loaded = loaded | (load_texts(third, root) if 'generated' not in
+            {t.source for t in loaded.values()} else generated_texts(third))
+        except FileNotFoundError: print(f"No {third[0]} beside the other two: three tasks are left out.")
     pair = dict(list(loaded.items())[:2])
     start = base if isinstance(base, Base) else find_base(base, cache)
     span = range(seed, seed+seeds)
