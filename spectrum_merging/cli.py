@@ -196,7 +196,7 @@ def run_cli(
     out:str=None, # New folder for results; by default results/<experiment>-<time>
     quick:bool=False, # Small budget: minutes instead of an hour
     base:str=None, # vision: rotation, imagenet, .safetensors file; text: folder or hub id of an encoder
-    experts:Annotated[list, "Text: experts that are there, 'SST-2=textattack/bert-base-uncased-SST-2' …",
+    experts:Annotated[str, "Text: experts that are there, 'SST-2=textattack/bert-base-uncased-SST-2' …",
         dict(nargs='+')]=None,
     seed:int=0, # First seed of the experts
     seeds:int=1, # How many experts per task; intervals need 2 or more
