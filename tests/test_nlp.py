@@ -8,7 +8,7 @@ from spectrum_merging.nlp import (TextBudget, find_base, generated_texts, load_c
     load_tokenizer, text_batches, text_expert, text_experts, text_logits, tiny_base)
 from spectrum_merging.plan import make_plan, update_plan
 
-small = TextBudget(steps=40, max_epochs=4, lr=2e-3, batch=32, train=320)
+small = TextBudget(steps=150, max_epochs=15, lr=2e-3, batch=32, train=320)
 
 @pytest.fixture(scope='module')
 def cache(tmp_path_factory): return tmp_path_factory.mktemp('cache')

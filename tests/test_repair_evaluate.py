@@ -3,7 +3,7 @@ import copy, numpy as np, pandas as pd, pytest, torch, torchvision
 from math import sqrt
 from scipy.stats import norm
 from sklearn.metrics import f1_score
-from spectrum_merging.evaluate import majority, normalise, score, score_rows, summarise, wilson
+from spectrum_merging.evaluate import bootstrap, majority, metrics, normalise, score, score_rows, summarise, wilson
 from spectrum_merging.repair import bn_layers, reestimate_bn, repair_channels, variance_ratio
 from torch import nn
 
@@ -244,7 +244,8 @@ def test_score():
     labels,preds = [0,0,0,1,1,2],[0,0,1,1,0,2]
     f1 = [2*2/(2*2+1+1), 2*1/(2*1+1+1), 1] # 2·TP/(2·TP+FP+FN)
     lo,hi = wilson(4, 6)
-    want = dict(accuracy=4/6, lo=lo, hi=hi, macro_f1=pytest.approx(sum(f1)/3), n=6)
+    want = dict(accuracy=4/6, lo=lo, hi=hi, macro_f1=pytest.approx(sum(f1)/3),
+        mcc=pytest.approx(10/22), n=6) # MCC: (4·6−14)/√(22·22)
     assert score(preds, labels) == want
     assert score(torch.tensor(preds), torch.tensor(labels)) == score(preds, labels)
 
@@ -282,3 +283,27 @@ def test_summarise():
     for (m,t,*accs),want in zip(made, [[.75,.5], [.75,.5], [.625,.25]]):
         row = s[(s.method==m) & (s.threshold.isna() if t is None else s.threshold==t)]
         assert row[numbers].squeeze().tolist() == pytest.approx([*accs, *want])
+
+@pytest.mark.parametrize('metric', metrics)
+@pytest.mark.parametrize('k', [2, 6])
+def test_bootstrap_is_what_resampling_items_gives(metric, k):
+    "Counts drawn anew against items drawn anew, for a score and for a paired difference"
+    rng = np.random.default_rng(k)
+    y = rng.choice(k, 400, p=np.arange(1, k+1)/np.arange(1, k+1).sum())
+    a,b = (np.where(rng.random(400)<p, y, rng.integers(0, k, 400)) for p in (.7, .6))
+    def f(ix, p): return score(p[ix], y[ix])[metric]
+    ixs = rng.integers(0, 400, (600, 400))
+    for other,naive in ((None, [f(i, a) for i in ixs]), (b, [f(i, a)-f(i, b) for i in ixs])):
+        value,lo,hi = bootstrap(a, y, other, metric)
+        whole = np.arange(400)
+        assert np.isclose(value, f(whole, a)-(0 if other is None else f(whole, b)))
+        assert np.allclose([lo, hi], np.quantile(naive, [.025, .975]), atol=.2*(hi-lo))
+
+def test_bootstrap_errors_and_edges():
+    with pytest.raises(ValueError, match="metric is 'f1'"): bootstrap([0], [0], metric='f1')
+    with pytest.raises(ValueError, match='one class per item'): bootstrap([0, 1], [0])
+    with pytest.raises(ValueError, match='one class per item'): bootstrap([], [])
+    assert bootstrap([1]*9, [1]*9)==(0., 0., 0.) # one class: no correlation to speak of
+    assert bootstrap([1]*9, [1]*9, metric='accuracy')==(1., 1., 1.)
+    x = np.array([0, 1]*20)
+    assert bootstrap(x, x, x)==(0., 0., 0.)

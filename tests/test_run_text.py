@@ -9,7 +9,8 @@ from spectrum_merging.run_text import (TextBench, claim_rows, claim_table, run_t
 
 tiny = TextBudget(steps=60, max_epochs=3, lr=2e-3, batch=32, train=480, test=80, calibration=32)
 few = dict(task_arithmetic=[('task_arithmetic', .5), ('task_arithmetic', .7)],
-    ridge_mean=[('ridge_mean(eps=0.1)', 1.)], tsv_m=[('tsv_m', 1.)], regmean=[('regmean(alpha=0.9)', 1.)])
+    ridge_mean=[('ridge_mean(eps=0.1)', 1.)], tsv_m=[('tsv_m', 1.)], regmean=[('regmean(alpha=0.9)', 1.)],
+    matched=[('matched', .01), ('matched', .1)])
 
 @pytest.fixture(scope='module')
 def cache(tmp_path_factory): return tmp_path_factory.mktemp('cache')
