@@ -19,7 +19,9 @@ from socket import create_connection
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from urllib.parse import urlparse
-from .checkpoint import cache_dir, n_cores
+from safetensors import safe_open
+from safetensors.torch import save_file
+from .checkpoint import atomic, cache_dir, n_cores
 from .experts import device, digest, fast, has_bf16, side_by_side
 from .scan import map_single_threaded
 from .units import is_head
@@ -289,32 +291,55 @@ def text_logits(
 @dataclass(frozen=True)
 class TextBudget:
     "How long to train and how much to evaluate"
-    steps:int=1050 # Optimiser steps per expert at least
+    steps:int=2100 # Optimiser steps per expert at least
     max_epochs:int=10 # Epochs per expert at most
     lr:float=1e-4 # Highest learning rate
-    batch:int=64 # Sentences per step
+    batch:int=32 # Sentences per step
     train:int=None # Training sentences per task; None takes all
     test:int=None # Validation sentences per task; None takes all
     calibration:int=256 # Unlabelled sentences per task, for merges that look at some
     max_length:int=128 # Tokens of a sentence at most
 
 full_text = TextBudget()
-quick_text = TextBudget(steps=150, max_epochs=3, lr=2e-4, train=4000, test=500, calibration=128)
+quick_text = TextBudget(steps=300, max_epochs=3, lr=2e-4, train=4000, test=500, calibration=128)
 
 def _text_recipe(task, base, budget, seed):
     "All that makes an expert"
     epochs = min(-(-budget.steps*budget.batch//len(task.x)), budget.max_epochs)
-    return dict(kind='text expert', version=2, base=base.key, epochs=epochs, lr=budget.lr,
+    return dict(kind='text expert', version=3, base=base.key, epochs=epochs, lr=budget.lr,
         data=digest([list(task.x), task.y.tolist(), task.classes]), batch=budget.batch, seed=seed,
         max_length=budget.max_length)
 
 def _steps(task, recipe): return recipe['epochs']*-(-len(task.x)//recipe['batch'])
 
+_mean = 'mean.safetensors' # Beside the trainer's own files in a checkpoint
+
+class _WeightMean:
+    "Mean of the weights over the second half of training"
+    def __init__(self, model, total):
+        self.params = {k: p for k,p in model.named_parameters() if p.requires_grad}
+        self.total,self.n,self.mean = total,0,{}
+    def step(self, at):
+        "Take the weights in after step `at`, every tenth time"
+        if at%10 or at<=self.total//2: return
+        self.n += 1
+        with torch.no_grad():
+            for k,p in self.params.items():
+                if self.n==1: self.mean[k] = p.detach().float().cpu().clone()
+                else: self.mean[k].lerp_(p.detach().float().cpu(), 1/self.n)
+    def save(self, folder):
+        with atomic(folder/_mean) as tmp: save_file(self.mean, tmp, dict(n=str(self.n)))
+    def load(self, folder):
+        with safe_open(folder/_mean, 'pt') as f:
+            self.mean,self.n = {k: f.get_tensor(k) for k in f.keys()},int(f.metadata()['n'])
+    def apply(self):
+        "Put the mean in place, where training was long enough for one"
+        with torch.no_grad():
+            for k,v in self.mean.items(): self.params[k].copy_(v)
+
 def _whole_checkpoint(folder):
-    "The newest checkpoint that was written to its end, or None; the trainer's state comes last"
-    def whole(p):
-        with suppress(OSError, ValueError): return bool(json.loads((p/'trainer_state.json').read_text()))
-    found = [p for p in folder.glob('checkpoint-*') if whole(p)]
+    "The newest checkpoint that was written to its end, or None; the mean of weights comes last"
+    found = [p for p in folder.glob('checkpoint-*') if (p/_mean).exists()]
     return max(found, key=lambda p: int(p.name.partition('-')[2]), default=None)
 
 def _fine_tune(task, base, recipe, folder, tell):
@@ -322,24 +347,30 @@ def _fine_tune(task, base, recipe, folder, tell):
     from datasets import Dataset
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
     class Tell(TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            if state.global_step%20==0: tell(20)
         def on_train_begin(self, args, state, control, **_): tell(state.global_step//20*20)
+        def on_step_end(self, args, state, control, **_):
+            mean.step(state.global_step)
+            if state.global_step%20==0: tell(20)
+        def on_save(self, args, state, control, **_): mean.save(folder/f'checkpoint-{state.global_step}')
     tok = load_tokenizer(base.path)
     ids = _tokens(tok, task.x, recipe['max_length'])
     rows = Dataset.from_dict(dict(input_ids=ids, label=task.y, length=list(map(len, ids))))
     with _quiet():
         args = TrainingArguments(str(folder), learning_rate=recipe['lr'], num_train_epochs=recipe['epochs'],
             per_device_train_batch_size=recipe['batch'], seed=recipe['seed'], warmup_steps=.1,
+            lr_scheduler_type='constant_with_warmup',
             weight_decay=.01, bf16=has_bf16(), use_cpu=device()=='cpu',
             train_sampling_strategy='group_by_length',
-            save_steps=250, save_total_limit=1, logging_strategy='no', report_to='none',
+            save_steps=250, save_total_limit=2, logging_strategy='no', report_to='none',
             disable_tqdm=True, dataloader_pin_memory=False)
         model = load_classifier(base.path, task.names, recipe['seed'])
         model.get_input_embeddings().weight.requires_grad_(False)
         trainer = Trainer(model, args, train_dataset=rows, processing_class=tok, callbacks=[Tell()])
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=_whole_checkpoint(folder))
+        mean,last = _WeightMean(model, _steps(task, recipe)),_whole_checkpoint(folder)
+        if last: mean.load(last)
+        trainer.train(resume_from_checkpoint=last)
+    mean.apply()
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError(f"training {task.name} diverged to NaN or Inf: lower lr={recipe['lr']}")
     return model.cpu(),tok

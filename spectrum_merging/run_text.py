@@ -95,10 +95,12 @@ class TextBench:
         return {t: scan(sd, progress=False) for t,sd in self.experts.items()}
 
     def batches(self, task, split):
-        "A task's sentences in padded batches"
-        t = self.tasks[task]
-        return self.made_once.setdefault((task, split), text_batches(self.tokenizer,
-            t.test_x if split=='test' else t.held_x, max_length=self.budget.max_length))
+        "A task's sentences in padded batches, made once"
+        if (task, split) not in self.made_once:
+            t = self.tasks[task]
+            self.made_once[task, split] = text_batches(self.tokenizer,
+                t.test_x if split=='test' else t.held_x, max_length=self.budget.max_length)
+        return self.made_once[task, split]
 
     def head(self, task): return {k: v for k,v in self.experts[task].items() if is_head(k)}
 

@@ -105,7 +105,7 @@ def test_killed_and_continued(tmp_path):
     env = os.environ | dict(OMP_NUM_THREADS='1')
     p = subprocess.Popen([sys.executable, '-c', long, part], env=env)
     for _ in range(1800):
-        done = list(part.rglob('checkpoint-*/trainer_state.json'))
+        done = list(part.rglob('checkpoint-*/mean.safetensors'))
         if done or p.poll() is not None: break
         time.sleep(.05)
     p.send_signal(signal.SIGKILL)
@@ -114,6 +114,7 @@ def test_killed_and_continued(tmp_path):
     broken = done[0].parents[1]/'checkpoint-100000'
     broken.mkdir()
     (broken/'trainer_state.json').write_text('{"epoch": 1')
+    assert nlp._whole_checkpoint(broken.parent).name!=broken.name
     def run(cache):
         return Path(subprocess.run([sys.executable, '-c', long, cache], env=env, check=True,
             capture_output=True, text=True).stdout.strip())
@@ -174,3 +175,17 @@ def test_other_encoders(kind, base, tasks, tmp_path):
         for k in ('praise','feelings')}
     merged = merge(make_plan('snr_max', two, b.state), two, b.state)
     assert {k.rpartition('@')[2] for k in merged if '@' in k}==set(two)
+
+def test_experts_are_means_of_weights():
+    "Over the second half of training, every tenth step; none where training is too short"
+    m = torch.nn.Linear(1, 1, bias=False)
+    mean = nlp._WeightMean(m, 60)
+    for i in range(1, 61):
+        with torch.no_grad(): m.weight.fill_(i)
+        mean.step(i)
+    mean.apply()
+    assert m.weight.item()==50 # of 40, 50, 60
+    short = nlp._WeightMean(m, 9)
+    for i in range(1, 10): short.step(i)
+    short.apply()
+    assert m.weight.item()==50
