@@ -6,7 +6,7 @@ Docs: https://spectrum.github.io/spectrum-merging/run.html.md"""
 
 # %% auto #0
 __all__ = ['paper_strategies', 'published', 'sound_strategies', 'treatments', 'tuning_images', 'candidates', 'every', 'once',
-           'Weights', 'limited', 'Bench', 'reference_rows', 'expert_accuracy', 'best_single', 'paper_rows',
+           'Weights', 'limited', 'Merges', 'Bench', 'reference_rows', 'expert_accuracy', 'best_single', 'paper_rows',
            'grid_plans', 'grid_rows', 'update_weights', 'choose', 'guided', 'factorial_rows', 'method_rows',
            'control_rows', 'control_table', 'joint_rows', 'three_rows', 'rough_budgets', 'rough_rows', 'image_rows',
            'barrier_rows', 'variance_table', 'Results', 'attribution', 'tables', 'figures', 'new_folder', 'run_vision']
@@ -81,8 +81,29 @@ def limited(
     return {k: t.limit(budget.train, budget.test).hold_out() for k,t in tasks.items()}
 
 # %% ../nbs/88_run.ipynb #00000009
-class Bench:
+class Merges:
+    "What benches of images and of texts have in common: `experts`, `base`, `made_once` give scans"
+    @cached_property
+    def weight_scans(self):
+        "The paper's SNR of each expert's weights"
+        return {t: scan(sd, estimator=self.paper_estimator, progress=False)
+            for t,sd in self.experts.items()}
+    @cached_property
+    def update_scans(self):
+        "The calibrated SNR of each expert's update"
+        return {t: scan(sd, self.base, progress=False) for t,sd in self.experts.items()}
+    @cached_property
+    def calibrated_weight_scans(self):
+        "The calibrated SNR of each expert's weights"
+        return {t: scan(sd, progress=False) for t,sd in self.experts.items()}
+
+    def unit_scale(self, rule):
+        "The weights of an operation at scale 1; it is proportional to its updates"
+        return self.made_once.setdefault(rule, update_weights(self, rule, 1.))
+
+class Bench(Merges):
     "Experts, base and tasks of one seed, and the predictions of merges of them"
+    paper_estimator = 'paper_vision'
     def __init__(self,
         tasks:dict, # `{name: Task}`
         budget:Budget=full, # Training and evaluation effort
@@ -108,20 +129,6 @@ class Bench:
             held={k: t.held_y.numpy() for k,t in self.tasks.items()})
 
     def scans(self, of): return self.weight_scans if of=='weights' else self.update_scans
-    @cached_property
-    def weight_scans(self):
-        "The paper's SNR of each expert's weights"
-        return {t: scan(sd, estimator='paper_vision', progress=False)
-            for t,sd in self.experts.items()}
-    @cached_property
-    def update_scans(self):
-        "The calibrated SNR of each expert's update"
-        return {t: scan(sd, self.base, progress=False) for t,sd in self.experts.items()}
-    @cached_property
-    def calibrated_weight_scans(self):
-        "The calibrated SNR of each expert's weights"
-        return {t: scan(sd, progress=False) for t,sd in self.experts.items()}
-
     def calibration(self, task, n=None, draw=0):
         "`n` training images of a task, without labels"
         x = self.tasks[task].x
@@ -266,10 +273,6 @@ class Bench:
             sds[t],table = align(self.experts[t], self.experts[first], spec)
             moved += int(table.moved.sum())
         return sds,moved
-
-    def unit_scale(self, rule):
-        "The weights of an operation at scale 1; it is proportional to its updates"
-        return self.made_once.setdefault(rule, update_weights(self, rule, 1.))
 
     def grams(self):
         "Second moments of what enters each layer of each expert"

@@ -29,7 +29,7 @@ from .nlp import (Base, TextBudget, find_base, full_text, generated_texts, load_
     load_texts, load_tokenizer, text_batches, text_experts, text_logits)
 from .plan import make_plan
 from .plot import plot_bars, plot_snr, plot_thresholds
-from .run import (Results, Weights, _machine, _stored, _write, candidates,
+from .run import (Merges, Results, Weights, _machine, _stored, _write, candidates,
     control_table, grid_plans, guided, new_folder, update_weights)
 from .scan import scan
 from .units import is_head
@@ -50,8 +50,9 @@ class _Padded(_Ids):
 
 def _share(part, whole): return part/whole if whole else np.nan # an expert may have learnt nothing
 
-class TextBench:
+class TextBench(Merges):
     "Experts, base and text tasks of one seed, and the predictions of merges of them"
+    paper_estimator = 'paper_nlp'
     def __init__(self,
         tasks:dict, # `{name: TextTask}`
         budget:TextBudget=full_text, # Training and evaluation effort
@@ -80,19 +81,6 @@ class TextBench:
         parts = [v for sd in self.experts.values() for v in sd.values()]
         self.key = digest([__version__, seed], *parts,
             *[list(o) for t in self.tasks.values() for o in (t.test_x, t.held_x)])
-
-    @cached_property
-    def weight_scans(self):
-        "The paper's SNR of each expert's weights"
-        return {t: scan(sd, estimator='paper_nlp', progress=False) for t,sd in self.experts.items()}
-    @cached_property
-    def update_scans(self):
-        "The calibrated SNR of each expert's update"
-        return {t: scan(sd, self.base, progress=False) for t,sd in self.experts.items()}
-    @cached_property
-    def calibrated_weight_scans(self):
-        "The calibrated SNR of each expert's weights"
-        return {t: scan(sd, progress=False) for t,sd in self.experts.items()}
 
     def batches(self, task, split):
         "A task's sentences in padded batches, made once"
@@ -164,7 +152,10 @@ class TextBench:
 
     def held_out(self, w):
         "What counts on held-out sentences relative to the experts, mean of tasks"
-        return float(np.nanmean([r['kept'] for r in self.rows(w, 'held')]))
+        def kept(t, p):
+            metric = self.tasks[t].metric
+            return _share(score(p, self.labels['held'][t])[metric], self.expert_scores['held', t][metric])
+        return float(np.nanmean([kept(t, p) for t,p in self.predict(w, 'held').items()]))
 
     def planned(self, plan, grams=None, name='', experts=None):
         "The body that a plan makes; its head where the plan merges heads"
@@ -176,10 +167,6 @@ class TextBench:
         if not any('@' in k for k in plan.table.name): res.head = lambda: {
             k: v for k,v in run().items() if is_head(k)}
         return res
-
-    def unit_scale(self, rule):
-        "The weights of an operation at scale 1; it is proportional to its updates"
-        return self.made_once.setdefault(rule, update_weights(self, rule, 1.))
 
     def calibration(self, task):
         "Token ids of unlabelled training sentences"
