@@ -188,13 +188,15 @@ def _targets(model, batches, names, limit=1<<27):
         for o in group: yield torch.cat(found.pop(o))
         group = []
 
-def _halves(x, z, m, most):
-    "Inputs and targets of a layer for each half of the images: some `most` rows at random"
+def _halves(x, z, m, most, mask=None):
+    "Inputs and targets of a layer for each half of the inputs: some `most` rows at random"
     g = torch.Generator().manual_seed(0)
     per,half = z[0].numel()//len(m.weight),len(x)//2 or 1
     few,res = max(1, 4*most//per),[]
-    for a,b in (x[:half][:few], z[:half][:few]),(x[half:][:few], z[half:][:few]):
-        p,q = _patches(a, m),_rows(b)
+    for part in slice(half),slice(half, None):
+        a,b = x[part],z[part]
+        if mask is not None and mask.shape==x.shape[:-1]: p,q = (o[mask[part]].float() for o in (a, b))
+        else: p,q = _patches(a[:few], m),_rows(b[:few])
         ix = torch.randperm(len(p), generator=g)[:most].sort().values.to(p.device)
         res.append((p, q) if len(p)<=most else (p[ix], q[ix]))
     return zip(*res)
@@ -204,13 +206,17 @@ def _live(X):
     live = torch.stack([x.any(0) for o in X.values() for x in o]).any(0)
     return live if 0 < live.sum() < .8*len(live) else torch.ones_like(live)
 
-def _check_fit(models, batches, statistics, ridge):
+def _check_fit(models, batches, masks, statistics, ridge):
     if statistics not in ('shared', 'per task'):
         raise ValueError(f"statistics is {statistics!r}: choose 'shared' or 'per task'")
     if not ridge>0: raise ValueError(f"ridge is {ridge}: pass a positive number, for instance .03")
     if list(models)!=list(batches):
         raise ValueError(f"experts for {list(models)}, inputs for {list(batches)}: "
             "pass the same tasks in the same order")
+    if masks is None: return
+    def sizes(o): return {t: sum(map(len, v)) for t,v in o.items()}
+    if sizes(masks)!=sizes(batches): raise ValueError(f"masks for {sizes(masks)} inputs, "
+        f"but there are {sizes(batches)}: pass one row of positions per input")
 
 def _fit(m, bn, X, Z, shared, ridge):
     "Set weight and bias of a layer, scale and shift of its BatchNorm; the statistics per task"
@@ -248,12 +254,14 @@ def match_layers(
     *,
     statistics:str='shared', # BatchNorm statistics 'shared' by all tasks or 'per task'
     ridge:float=.03, # Smallest, in units of the inputs' mean variance; large keeps the start
+    masks:dict=None, # `{task: list of (inputs, positions)}`, bool: where padded sequences count
     heads:list=None, # Prefixes of task heads, which stay; None goes by the usual names
     progress:Callable=None, # Called with the number of layers done and their total
 ) -> dict: # `{task: module}`; they share all weights, and with 'shared' all of the body
     "Fit the merged body to the experts' activations, layer by layer. Raises `ValueError`"
-    _check_fit(experts, batches, statistics, ridge)
     batches = {t: _listed(o) for t,o in batches.items()}
+    _check_fit(experts, batches, masks, statistics, ridge)
+    counted = {t: torch.cat(list(o)) for t,o in (masks or {}).items()}
     shared = statistics=='shared'
     layers = layer_order(merged, next(iter(batches.values()))[0], heads)
     model = copy.deepcopy(merged).eval().requires_grad_(False) # else autocast keeps old weights
@@ -270,7 +278,7 @@ def match_layers(
             most = max(1<<11, 2*m.weight[0].numel())
             X,Z = {},{}
             for t,x in zip(experts, args[0].split(sizes(len(args[0])))):
-                X[t],Z[t] = _halves(x, next(goals[t]), m, most)
+                X[t],Z[t] = _halves(x, next(goals[t]), m, most, counted.get(t))
             with _full_precision(m.weight): stats = _fit(m, bn, X, Z, shared, ridge)
             if bn is not None:
                 found[layer.bn] = stats

@@ -51,9 +51,9 @@ class TextTask:
         return replace(self, x=self.x[:train], y=self.y[:train], test_x=self.test_x[:test],
             test_y=self.test_y[:test])
     def hold_out(self, n=1000):
-        "`n` training sentences, a tenth of them at most, set aside for tuning; the same ones always"
+        "`n` training sentences, a twentieth of them at most, set aside for tuning; the same ones always"
         order = np.random.default_rng(0).permutation(len(self.x))
-        held,rest = np.split(order, [min(n, len(order)//10)])
+        held,rest = np.split(order, [min(n, len(order)//20)])
         def take(ix): return tuple(self.x[i] for i in ix),self.y[ix]
         (hx,hy),(x,y) = take(np.sort(held)),take(np.sort(rest))
         return replace(self, x=x, y=y, held_x=hx, held_y=hy)
@@ -219,11 +219,13 @@ class Base:
     "An encoder to fine-tune"
     path:str # Folder or hub id
     state:dict # Its weights, as in a classifier, without head
-    key:str # Hash of its weights
+    key:str # Hash of its weights and its tokenizer
 
 def _open_base(path):
     sd = {k: v for k,v in load_classifier(path, ('a','b')).state_dict().items() if not is_head(k)}
-    return Base(str(path), sd, digest(sorted(sd), *(sd[k] for k in sorted(sd))))
+    tok = load_tokenizer(path)
+    words = tok.backend_tokenizer.to_str() if tok.is_fast else sorted(tok.get_vocab().items())
+    return Base(str(path), sd, digest(sorted(sd), words, *(sd[k] for k in sorted(sd))))
 
 def find_base(
     base=None, # Folder or hub id; by default MiniLM if installed, else bert-base-uncased, else tiny
@@ -291,24 +293,25 @@ def text_logits(
 @dataclass(frozen=True)
 class TextBudget:
     "How long to train and how much to evaluate"
-    steps:int=2100 # Optimiser steps per expert at least
+    steps:int=1050 # Optimiser steps per expert at least
     max_epochs:int=10 # Epochs per expert at most
     lr:float=1e-4 # Highest learning rate
-    batch:int=32 # Sentences per step
+    batch:int=64 # Sentences per step
     train:int=None # Training sentences per task; None takes all
     test:int=None # Validation sentences per task; None takes all
     calibration:int=256 # Unlabelled sentences per task, for merges that look at some
     max_length:int=128 # Tokens of a sentence at most
+    tries:int=None # Settings tried of each merging method; None tries all
 
 full_text = TextBudget()
-quick_text = TextBudget(steps=300, max_epochs=3, lr=2e-4, train=4000, test=500, calibration=128)
+quick_text = TextBudget(steps=140, max_epochs=3, lr=2e-4, train=3200, test=300, calibration=128, tries=2)
 
 def _text_recipe(task, base, budget, seed):
     "All that makes an expert"
     epochs = min(-(-budget.steps*budget.batch//len(task.x)), budget.max_epochs)
-    return dict(kind='text expert', version=3, base=base.key, epochs=epochs, lr=budget.lr,
+    return dict(kind='text expert', version=4, base=base.key, epochs=epochs, lr=budget.lr,
         data=digest([list(task.x), task.y.tolist(), task.classes]), batch=budget.batch, seed=seed,
-        max_length=budget.max_length)
+        max_length=budget.max_length, balanced=task.metric=='mcc')
 
 def _steps(task, recipe): return recipe['epochs']*-(-len(task.x)//recipe['batch'])
 
@@ -337,6 +340,14 @@ class _WeightMean:
         with torch.no_grad():
             for k,v in self.mean.items(): self.params[k].copy_(v)
 
+def _balanced_loss(task):
+    "Cross-entropy in which every class counts the same"
+    counts = np.bincount(task.y, minlength=task.classes)
+    weights = torch.tensor(len(task.y)/(task.classes*counts.clip(1)), dtype=torch.float32, device=device())
+    def loss(out, labels, num_items_in_batch=None):
+        return nn.functional.cross_entropy(out.logits.float(), labels, weights)
+    return loss
+
 def _whole_checkpoint(folder):
     "The newest checkpoint that was written to its end, or None; the mean of weights comes last"
     found = [p for p in folder.glob('checkpoint-*') if (p/_mean).exists()]
@@ -358,14 +369,14 @@ def _fine_tune(task, base, recipe, folder, tell):
     with _quiet():
         args = TrainingArguments(str(folder), learning_rate=recipe['lr'], num_train_epochs=recipe['epochs'],
             per_device_train_batch_size=recipe['batch'], seed=recipe['seed'], warmup_steps=.1,
-            lr_scheduler_type='constant_with_warmup',
-            weight_decay=.01, bf16=has_bf16(), use_cpu=device()=='cpu',
+            lr_scheduler_type='linear', weight_decay=.01, bf16=has_bf16(), use_cpu=device()=='cpu',
             train_sampling_strategy='group_by_length',
             save_steps=250, save_total_limit=2, logging_strategy='no', report_to='none',
             disable_tqdm=True, dataloader_pin_memory=False)
         model = load_classifier(base.path, task.names, recipe['seed'])
         model.get_input_embeddings().weight.requires_grad_(False)
-        trainer = Trainer(model, args, train_dataset=rows, processing_class=tok, callbacks=[Tell()])
+        trainer = Trainer(model, args, train_dataset=rows, processing_class=tok, callbacks=[Tell()],
+            compute_loss_func=_balanced_loss(task) if recipe['balanced'] else None)
         trainer.remove_callback(PrinterCallback)
         mean,last = _WeightMean(model, _steps(task, recipe)),_whole_checkpoint(folder)
         if last: mean.load(last)
@@ -374,6 +385,16 @@ def _fine_tune(task, base, recipe, folder, tell):
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError(f"training {task.name} diverged to NaN or Inf: lower lr={recipe['lr']}")
     return model.cpu(),tok
+
+@contextmanager
+def _alone(folder):
+    "Wait until no other process trains here, where the system has locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder/'lock', 'w') as f:
+        with suppress(ImportError):
+            import fcntl
+            fcntl.flock(f, fcntl.LOCK_EX)
+        yield
 
 def text_expert(
     task:TextTask,
@@ -386,8 +407,10 @@ def text_expert(
     "The base fine-tuned on a task, from the cache where it is there. Raises `ValueError`"
     recipe = _text_recipe(task, base, budget, seed)
     home = Path(cache or cache_dir())/'models'/digest(recipe)
-    if not (home/'expert'/'config.json').exists():
-        home.mkdir(parents=True, exist_ok=True)
+    done = home/'expert'/'config.json'
+    if done.exists(): return home/'expert'
+    with _alone(home):
+        if done.exists(): return home/'expert'
         with tqdm(total=_steps(task, recipe), desc=task.name, unit='step', leave=False,
                 disable=progress is not True) as bar:
             model,tok = _fine_tune(task, base, recipe, home/'unfinished',

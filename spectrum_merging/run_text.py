@@ -8,7 +8,7 @@ Docs: https://spectrum.github.io/spectrum-merging/run_text.html.md"""
 __all__ = ['published_text', 'paper_text_strategies', 'text_candidates', 'three_methods', 'every_text', 'TextBench',
            'text_references', 'paper_plans', 'paper_text_rows', 'noise_like', 'selected', 'text_weights',
            'text_grid_rows', 'choose_text', 'text_method_rows', 'text_control_rows', 'claim_rows', 'claim_table',
-           'text_three_rows', 'text_tables', 'selected_table', 'text_figures', 'run_text']
+           'verdict_table', 'text_three_rows', 'text_tables', 'selected_table', 'text_figures', 'run_text']
 
 # %% ../nbs/89_run_text.ipynb #00000003
 import numpy as np, pandas as pd, time, torch
@@ -188,17 +188,19 @@ class TextBench(Merges):
 
     def matched(self, start, ridge=.03, tokens=48):
         "Layers fitted to the experts' activations on unlabelled sentences, from the weights `start`"
-        def padded(t):
-            ids = [o[:tokens] for o in self.calibration(t)]
-            o = self.tokenizer.pad(dict(input_ids=ids), padding='max_length', max_length=tokens,
-                return_tensors='pt')
-            return [torch.stack([o['input_ids'], o['attention_mask']], 1)]
+        def padded(v, most):
+            o = self.tokenizer.pad(dict(input_ids=v), padding='max_length', max_length=most, return_tensors='pt')
+            return torch.stack([o['input_ids'], o['attention_mask']], 1)
         def run():
+            ids = {t: [o[:tokens] for o in self.calibration(t)] for t in self.folders}
+            most = max(len(o) for v in ids.values() for o in v)
             models = {t: _Padded(load_classifier(f)) for t,f in self.folders.items()}
             first = next(iter(models))
             body = _Padded(load_classifier(self.folders[first]))
             body.module.load_state_dict(start.of(first) | self.head(first))
-            with fast(): found = match_layers(body, models, {t: padded(t) for t in models}, ridge=ridge)
+            x = {t: [padded(v, most)] for t,v in ids.items()}
+            with fast(): found = match_layers(body, models, x, ridge=ridge,
+                masks={t: [o[:,1].bool() for o in v] for t,v in x.items()})
             return {k: v for k,v in found[first].module.state_dict().items() if not is_head(k)}
         return Weights(f'{start.name} matched {ridge} {self.images} {tokens}', run)
 
@@ -341,9 +343,10 @@ def choose_text(
     methods=None, # Of `text_candidates`; all by default
 ) -> dict: # `{method: (rule, scale)}`, and 'weights', 'update': `(strategy, top)`
     "Settings that are best on held-out training sentences"
-    res = {}
+    res,n = {},bench.budget.tries
+    def some(os): return os if n is None or n>=len(os) else [os[(2*i+1)*len(os)//(2*n)] for i in range(n)]
     for m in methods or text_candidates:
-        res[m] = max(text_candidates[m], key=lambda o: bench.held_out(text_weights(bench, m, o, res)))
+        res[m] = max(some(text_candidates[m]), key=lambda o: bench.held_out(text_weights(bench, m, o, res)))
     df = pd.DataFrame(grid)
     if not len(df): return res
     mean = df[df.of!=''].groupby(['of','strategy','top']).kept.mean()
@@ -404,11 +407,11 @@ def _claims(tasks):
         win,plain = ('snr_winner', p),('standard', p)
         if 'CoLA' in rest or 'word order' in rest: res += [
             ('structural tasks gain from winner-take-all', rest[0], win, plain),
-            ('distributed tasks are served better by averaging', first, plain, win),
-            ('distributed tasks are served better by weighted merging', first, ('snr_weighted', p), win)]
+            ('distributed tasks are served better by averaging or weighting', first, plain, win),
+            ('distributed tasks are served better by averaging or weighting', first, ('snr_weighted', p), win)]
         else: res += [('winner-take-all beats the average', t, win, plain) for t in tasks]
-    return res + [('base reset rises with the share of layers kept', t, ('base_reset', 70), ('base_reset', 25))
-        for t in tasks]
+    return res + [('base reset rises with the share of layers kept', t, ('base_reset', b), ('base_reset', a))
+        for a,b in ((25, 50), (50, 70)) for t in tasks]
 
 def claim_rows(
     bench:TextBench, # Of two tasks
@@ -438,16 +441,32 @@ def claim_rows(
                 hi=hi, p=mcnemar(pa[t], pb[t], labels[t])['p'], n=len(labels[t])))
     return rows
 
+def _verdict(differences):
+    "Mean of differences, one per seed, with its interval over seeds and what that says"
+    mean,lo,hi = mean_interval(differences)
+    says = 'holds' if lo>0 else 'does not hold' if hi<0 else 'cannot be told'
+    return dict(difference=mean, lo=lo, hi=hi, seeds=len(differences), verdict=says)
+
 def claim_table(
     rows:pd.DataFrame, # From `claim_rows`, of all seeds
 ) -> pd.DataFrame: # Mean difference with its interval over seeds, largest Holm-adjusted p, verdict
-    "What the evidence says of each finding"
-    rows,found = rows.assign(p=holm(rows.p)),[]
-    for key,o in rows.groupby(['finding','how','task','better','worse','metric'], sort=False):
-        mean,lo,hi = mean_interval(o.difference)
-        verdict = 'holds' if lo>0 else 'does not hold' if hi<0 else 'cannot be told'
-        found.append(dict(zip(['finding','how','task','better','worse','metric'], key)) | dict(
-            difference=mean, lo=lo, hi=hi, p=o.p.max(), n=int(o.n.iloc[0]), seeds=len(o), verdict=verdict))
+    "What the evidence says of each comparison"
+    rows,found,by = rows.assign(p=holm(rows.p)),[],['finding','how','task','better','worse','metric']
+    for key,o in rows.groupby(by, sort=False): found.append(dict(zip(by, key))
+        | _verdict(o.difference) | dict(p=o.p.max(), n=int(o.n.iloc[0])))
+    return pd.DataFrame(found)
+
+def verdict_table(
+    rows:pd.DataFrame, # From `claim_rows`, of all seeds
+) -> pd.DataFrame: # One row per finding and kind of evidence
+    "One verdict per finding: the mean of its comparisons in each seed, and an interval over seeds"
+    rows = rows.assign(evidence=np.where(rows.how=='as published', 'as published', 'sound'), p=holm(rows.p))
+    found,by = [],['finding','evidence','metric']
+    for key,o in rows.groupby(by, sort=False):
+        sure = o.difference[o.p<.05]
+        found.append(dict(zip(by, key)) | _verdict(o.groupby('seed').difference.mean()) | dict(
+            comparisons=len(o), significant_for=int((sure>0).sum()), significant_against=int((sure<0).sum()),
+            n=int(o.n.iloc[0])))
     return pd.DataFrame(found)
 
 # %% ../nbs/89_run_text.ipynb #00000016
@@ -490,6 +509,7 @@ def text_tables(
             .sort_values(['needs','mean_normalised']).reset_index(drop=True)),
         'Methods, one averaged head': ('one head', lambda: part('one head', ['method'])),
         'Controls': ('controls', lambda: control_table(results.part('controls')).round(4)),
+        'Verdicts': ('claims', lambda: verdict_table(results.part('claims')).round(4)),
         'Findings': ('claims', lambda: claim_table(results.part('claims')).round(4)),
         'Three tasks': ('three', lambda: part('three', ['method']))}
     have = set(results.rows.table)

@@ -132,6 +132,24 @@ def test_better_than_averaging(seed):
     a,b = (o.state_dict() for o in fitted.values())
     assert all(v.equal(b[k]) for k,v in a.items())
 
+def test_masks():
+    "What stands at padded positions has no influence; sequences of different length are fitted alike"
+    def make(): return nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12), nn.Linear(12, 3))
+    expert,start = seeded(make, 1),seeded(make, 2)
+    g = torch.Generator().manual_seed(0)
+    x,mask = torch.randn(90, 7, 12, generator=g),torch.arange(7)<torch.randint(2, 8, (90,1), generator=g)
+    def fit(pad, masks):
+        z = torch.where(mask[...,None], x, pad*torch.randn(x.shape, generator=g))
+        return match_layers(start, dict(a=expert), dict(a=list(z.split(30))), masks=masks, ridge=1e-4,
+            heads=['3'])['a']
+    a,b = (fit(pad, dict(a=list(mask.split(30)))) for pad in (0, 9))
+    assert all(v.equal(b.state_dict()[k]) for k,v in a.state_dict().items())
+    def error(m):
+        with torch.no_grad(): return (m[:-1](x)-expert[:-1](x))[mask].square().mean().item()
+    assert error(a) < error(fit(9, None)) and error(a) < .05*error(start)
+    with pytest.raises(ValueError, match='masks for .* 30.*90'):
+        match_layers(start, dict(a=expert), dict(a=[x]), masks=dict(a=[mask[:30]]), heads=['3'])
+
 def test_modes_and_wrong_input():
     net,x = seeded(cnn, 0).train(),[images(64)]
     expert = seeded(cnn, 1).train()

@@ -1,6 +1,8 @@
 "Text tasks and experts: data from a folder, training that survives a kill, errors, predictions."
-import json, numpy as np, os, pytest, signal, subprocess, sys, time, torch
+import json, numpy as np, os, pytest, shutil, signal, subprocess, sys, time, torch
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 from spectrum_merging import nlp
 from spectrum_merging.merge import load_task, merge
@@ -65,7 +67,7 @@ def test_held_out_is_apart(tasks):
     for t in tasks.values():
         t = t.limit(100)
         a,b = t.hold_out(),t.hold_out(5)
-        assert (len(a.x), len(a.held_x), len(b.held_x))==(90, 10, 5)
+        assert (len(a.x), len(a.held_x), len(b.held_x))==(95, 5, 5)
         assert sorted(a.x+a.held_x)==sorted(t.x) and a.held_x==t.hold_out().held_x
         found = list(zip(a.x+a.held_x, np.r_[a.y, a.held_y]))
         assert sorted(found)==sorted(zip(t.x, t.y))
@@ -122,6 +124,26 @@ def test_killed_and_continued(tmp_path):
     assert not list(part.rglob('unfinished'))
     assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
 
+def test_two_processes_train_one_expert_once(tmp_path):
+    "The second waits for the first, and takes what it made"
+    tiny_base(tmp_path/'c')
+    env = os.environ | dict(OMP_NUM_THREADS='1')
+    ps = [subprocess.Popen([sys.executable, '-c', long, tmp_path/'c'], env=env, text=True,
+        stdout=subprocess.PIPE) for _ in range(2)]
+    outs = [p.communicate()[0].strip() for p in ps]
+    assert [p.returncode for p in ps]==[0, 0] and outs[0]==outs[1]
+    assert load_classifier(outs[0]) and not list(tmp_path.rglob('unfinished'))
+
+def test_balanced_loss(tasks):
+    "Twice the sentences of a class, half the weight of each"
+    t = replace(tasks['word order'], x=('a',)*6, y=np.array([0, 0, 1, 1, 1, 1]))
+    z = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    got = nlp._balanced_loss(t)(SimpleNamespace(logits=z), torch.tensor(t.y))
+    each = torch.nn.functional.cross_entropy(z, torch.tensor(t.y), reduction='none')
+    assert torch.isclose(got, (each[:2].mean()+each[2:].mean())/2)
+    recipes = {k: nlp._text_recipe(o, SimpleNamespace(key='b'), TextBudget(), 0) for k,o in tasks.items()}
+    assert {k for k,r in recipes.items() if r['balanced']}=={'word order'}
+
 def test_divergence_is_told(tasks, base, tmp_path):
     with pytest.raises(ValueError, match='praise diverged.*lower lr'):
         text_expert(tasks['praise'], base, TextBudget(steps=10, max_epochs=1, lr=1e30, batch=64), 0,
@@ -132,6 +154,11 @@ def test_bases(base, tmp_path, cache):
     assert find_base(base.path).key==base.key and tiny_base(cache).key==base.key
     assert not any(k.startswith('classifier') for k in base.state)
     with pytest.raises(OSError): find_base(tmp_path/'nothing')
+    shutil.copytree(base.path, tmp_path/'other')
+    words = tmp_path/'other'/'tokenizer.json'
+    words.write_text(words.read_text().replace('"film"', '"movie"'))
+    other = find_base(tmp_path/'other')
+    assert other.key!=base.key and all(torch.equal(v, base.state[k]) for k,v in other.state.items())
 
 @pytest.mark.parametrize('rule', ['average','snr_winner','ridge_mean(eps=0.1)'])
 def test_saved_merges_predict_the_same(experts, tasks, base, tmp_path, rule):

@@ -88,6 +88,18 @@ def test_verdicts():
     for ds,want in {(.1, .11, .12): 'holds', (-.1, -.11, -.12): 'does not hold',
             (.1, -.1, .0): 'cannot be told', (.1,): 'cannot be told'}.items():
         assert claim_table(rows(ds)).verdict.tolist()==[want]
+        assert rt.verdict_table(rows(ds)).verdict.tolist()==[want]
+
+def test_one_verdict_per_finding():
+    "Pairs of merges are averaged within seeds; what was published is judged apart"
+    rows = pd.DataFrame([dict(finding='f', how=h, task='t', better=b, worse='plain', metric='accuracy', seed=s,
+        difference=d+.01*s, p=p, n=n) for s in range(3) for h,b,d,p,n in [
+            ('SNR of weights', 'x', .3, 1e-6, 900), ('SNR of update', 'x', -.1, 1e-6, 900),
+            ('SNR of update', 'y', .1, .5, 900), ('as published', 'x', -.2, .5, 200)]])
+    v = rt.verdict_table(rows).set_index('evidence')
+    assert v.verdict.to_dict()=={'sound': 'holds', 'as published': 'does not hold'}
+    assert v.loc['sound', ['comparisons','significant_for','significant_against','n','seeds']].tolist()==[9, 3, 3, 900, 3]
+    assert np.isclose(v.difference['sound'], .11) and v.loc['as published', 'significant_against']==0
 
 def test_panel_reads_it(results):
     panel = MergePanel.from_folder(results[1])
