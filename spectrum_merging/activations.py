@@ -175,7 +175,18 @@ def _fit_bn(Y, Z, shared, eps):
     gain = (uz-u*z)/(uu-u*u).clamp(min=1e-6)
     return stats,gain,z-gain*u
 
-def _targets(model, batches, names, limit=1<<27):
+def _padded(lists):
+    "Each list of batches as one tensor; with zeros at their ends all have the longest one's size"
+    lists = [list(o) for o in lists]
+    size = [max(d) for d in zip(*(x.shape[1:] for o in lists for x in o))]
+    def ends(x): return [p for have,want in zip(x.shape[:0:-1], size[::-1]) for p in (0, want-have)]
+    return [torch.cat([F.pad(x, ends(x)) for x in o]) for o in lists]
+
+def _counted(out, mask):
+    "Rows of an output at the positions that count; all of it where it has no positions"
+    return out[mask] if mask is not None and out.shape[:-1]==mask.shape else out
+
+def _targets(model, batches, names, masks, limit=1<<27):
     "Outputs of the modules `names` in turn, before in-place operations; `limit` numbers per pass"
     size,group = {},[]
     _run(model, batches[0], names, lambda k, i, o: size.update({k: o.numel()*len(batches)}))
@@ -183,20 +194,23 @@ def _targets(model, batches, names, limit=1<<27):
         group.append(k)
         if j+1<len(names) and sum(map(size.get, group))+size[names[j+1]] <= limit: continue
         found = {o: [] for o in group}
-        def keep(k, x, out): found[k].append(out.clone())
-        for x in batches: _run(model, x, group, keep, group[-1])
+        for x,mask in zip(batches, masks):
+            _run(model, x, group, lambda k, x, out: found[k].append(_counted(out, mask).clone()), group[-1])
         for o in group: yield torch.cat(found.pop(o))
         group = []
 
 def _halves(x, z, m, most, mask=None):
     "Inputs and targets of a layer for each half of the inputs: some `most` rows at random"
     g = torch.Generator().manual_seed(0)
-    per,half = z[0].numel()//len(m.weight),len(x)//2 or 1
-    few,res = max(1, 4*most//per),[]
-    for part in slice(half),slice(half, None):
-        a,b = x[part],z[part]
-        if mask is not None and mask.shape==x.shape[:-1]: p,q = (o[mask[part]].float() for o in (a, b))
-        else: p,q = _patches(a[:few], m),_rows(b[:few])
+    half = len(x)//2 or 1
+    if mask is not None and mask.shape==x.shape[:-1]:
+        at,most = int(mask[:half].sum()),max(most, 1<<14)
+        pairs = [(x[:half][mask[:half]].float(), z[:at].float()), (x[half:][mask[half:]].float(), z[at:].float())]
+    else:
+        few = max(1, 4*most//(z[0].numel()//len(m.weight)))
+        pairs = [(_patches(a[:few], m), _rows(b[:few])) for a,b in ((x[:half], z[:half]), (x[half:], z[half:]))]
+    res = []
+    for p,q in pairs:
         ix = torch.randperm(len(p), generator=g)[:most].sort().values.to(p.device)
         res.append((p, q) if len(p)<=most else (p[ix], q[ix]))
     return zip(*res)
@@ -254,21 +268,21 @@ def match_layers(
     *,
     statistics:str='shared', # BatchNorm statistics 'shared' by all tasks or 'per task'
     ridge:float=.03, # Smallest, in units of the inputs' mean variance; large keeps the start
-    masks:dict=None, # `{task: list of (inputs, positions)}`, bool: where padded sequences count
+    masks:dict=None, # `{task: list of (inputs, positions)}`, bool: what is not padding
     heads:list=None, # Prefixes of task heads, which stay; None goes by the usual names
     progress:Callable=None, # Called with the number of layers done and their total
 ) -> dict: # `{task: module}`; they share all weights, and with 'shared' all of the body
     "Fit the merged body to the experts' activations, layer by layer. Raises `ValueError`"
     batches = {t: _listed(o) for t,o in batches.items()}
     _check_fit(experts, batches, masks, statistics, ridge)
-    counted = {t: torch.cat(list(o)) for t,o in (masks or {}).items()}
+    counted = {t: o for t,o in zip(masks or [], _padded((masks or {}).values()))}
     shared = statistics=='shared'
     layers = layer_order(merged, next(iter(batches.values()))[0], heads)
     model = copy.deepcopy(merged).eval().requires_grad_(False) # else autocast keeps old weights
     was = {t: o.training for t,o in experts.items()}
     for o in experts.values(): o.eval()
-    goals = {t: _targets(o, batches[t], [l.bn or l.name for l in layers])
-        for t,o in experts.items()}
+    goals = {t: _targets(o, batches[t], [l.bn or l.name for l in layers],
+        (masks or {}).get(t) or [None]*len(batches[t])) for t,o in experts.items()}
     counts = [sum(map(len, o)) for o in batches.values()]
     def sizes(n): return [n*c//sum(counts) for c in counts]
     handles,found = [],{}
@@ -287,7 +301,7 @@ def match_layers(
         return model.get_submodule(layer.name).register_forward_pre_hook(inner)
     try:
         handles += [fitter(i, o) for i,o in enumerate(layers)]
-        model(torch.cat([x for o in batches.values() for x in o]))
+        model(torch.cat(_padded(batches.values()) if masks else [x for o in batches.values() for x in o]))
     finally:
         for h in handles: h.remove()
         for t,o in experts.items(): o.train(was[t])

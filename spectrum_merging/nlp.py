@@ -299,12 +299,12 @@ class TextBudget:
     batch:int=64 # Sentences per step
     train:int=None # Training sentences per task; None takes all
     test:int=None # Validation sentences per task; None takes all
-    calibration:int=256 # Unlabelled sentences per task, for merges that look at some
+    calibration:int=1000 # Unlabelled sentences per task, for merges that look at some
     max_length:int=128 # Tokens of a sentence at most
     tries:int=None # Settings tried of each merging method; None tries all
 
 full_text = TextBudget()
-quick_text = TextBudget(steps=140, max_epochs=3, lr=2e-4, train=3200, test=300, calibration=128, tries=2)
+quick_text = TextBudget(steps=140, lr=2e-4, train=3200, test=300, calibration=128, tries=2)
 
 def _text_recipe(task, base, budget, seed):
     "All that makes an expert"

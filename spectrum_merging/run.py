@@ -128,7 +128,6 @@ class Bench(Merges):
         self.labels = dict(test={k: t.test_y.numpy() for k,t in self.tasks.items()},
             held={k: t.held_y.numpy() for k,t in self.tasks.items()})
 
-    def scans(self, of): return self.weight_scans if of=='weights' else self.update_scans
     def calibration(self, task, n=None, draw=0):
         "`n` training images of a task, without labels"
         x = self.tasks[task].x

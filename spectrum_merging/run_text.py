@@ -188,17 +188,17 @@ class TextBench(Merges):
 
     def matched(self, start, ridge=.03, tokens=48):
         "Layers fitted to the experts' activations on unlabelled sentences, from the weights `start`"
-        def padded(v, most):
-            o = self.tokenizer.pad(dict(input_ids=v), padding='max_length', max_length=most, return_tensors='pt')
-            return torch.stack([o['input_ids'], o['attention_mask']], 1)
+        def padded(t):
+            ids = sorted((o[:tokens] for o in self.calibration(t)), key=len, reverse=True)
+            deal = np.random.default_rng(0).permutation(-(-len(ids)//50))
+            parts = [dict(self.tokenizer.pad(dict(input_ids=ids[50*i:50*i+50]), return_tensors='pt')) for i in deal]
+            return [torch.stack([o['input_ids'], o['attention_mask']], 1) for o in parts]
         def run():
-            ids = {t: [o[:tokens] for o in self.calibration(t)] for t in self.folders}
-            most = max(len(o) for v in ids.values() for o in v)
             models = {t: _Padded(load_classifier(f)) for t,f in self.folders.items()}
             first = next(iter(models))
             body = _Padded(load_classifier(self.folders[first]))
             body.module.load_state_dict(start.of(first) | self.head(first))
-            x = {t: [padded(v, most)] for t,v in ids.items()}
+            x = {t: padded(t) for t in models}
             with fast(): found = match_layers(body, models, x, ridge=ridge,
                 masks={t: [o[:,1].bool() for o in v] for t,v in x.items()})
             return {k: v for k,v in found[first].module.state_dict().items() if not is_head(k)}
@@ -482,6 +482,14 @@ def text_three_rows(
     return rows + text_method_rows(bench, chosen, 'three')
 
 # %% ../nbs/89_run_text.ipynb #00000018
+def _significant(rows, by):
+    "In how many seeds and tasks McNemar's test, Holm-adjusted over the table, finds a difference from averaging"
+    rows = rows.dropna(subset='p')
+    plain = rows[rows.method.isin(['standard','average'])].set_index(['seed','task']).accuracy
+    gain,sure = rows.accuracy-[plain[k] for k in zip(rows.seed, rows.task)],holm(rows.p)<.05
+    return rows.assign(better=sure&(gain>0), worse=sure&(gain<0)).groupby(by, sort=False,
+        dropna=False)[['better','worse']].sum().astype('Int64').reset_index()
+
 def text_tables(
     results:Results,
 ) -> dict: # `{title: DataFrame}`
@@ -490,6 +498,8 @@ def text_tables(
         rows = results.part(name)
         df = summarise(rows, by).merge(rows.groupby(by, sort=False, dropna=False).nai.mean().reset_index(),
             on=by, how='left')
+        if rows.get('p', rows.accuracy*np.nan).notna().any():
+            df = df.merge(_significant(rows, by), on=by, how='left')
         for t in dict.fromkeys(rows.task):
             if (rows.metric[rows.task==t]!='mcc').any(): continue
             g = rows[rows.task==t].groupby(by, sort=False, dropna=False)
@@ -642,7 +652,7 @@ def run_text(
         for k in parts:
             if k!='three': rows += step(f'seed {s}: {k}', todo[k])
         if 'three' in parts and len(loaded)>2:
-            o = TextBench(loaded, budget, start, s, cache, progress)
+            o = TextBench(dict(sorted(loaded.items())), budget, start, s, cache, progress)
             if not wide: wide = choose_text(o, [], three_methods)
             rows += step(f'seed {s}: three tasks', lambda: text_three_rows(o, wide))
         b.made_once.clear()

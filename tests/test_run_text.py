@@ -1,5 +1,6 @@
 "The text experiments as a whole, small: every table, findings, resumed from the cache, read by the panel."
 import json, numpy as np, pandas as pd, pytest, subprocess, sys
+from dataclasses import replace
 from pathlib import Path
 from spectrum_merging import run_text as rt
 from spectrum_merging.explore import MergePanel
@@ -44,7 +45,10 @@ def test_every_table(results):
     paper = r[r.table=='paper']
     assert set(paper.n)=={80} and len(paper)==2*(9*2+2)
     found = text_tables(res)
-    assert len(found)==9 and all(len(o) for o in found.values())
+    for k in ('Strategies by SNR, one head per task','Methods, one head per task','Three tasks'):
+        most = 2*(3 if k=='Three tasks' else 2)
+        assert (found[k][['better','worse']].sum(axis=1)<=most).all() and found[k].better.notna().any()
+    assert len(found)==10 and all(len(o) for o in found.values())
     assert 'word order MCC / expert' in found['Methods, one head per task']
     assert {'paper','grid','methods','controls','snr_weights','snr_updates'}==set(text_figures(res))
     names = {p.name for p in out.iterdir()}
@@ -74,6 +78,16 @@ def test_settings_come_from_held_out_sentences(cache, results, monkeypatch):
     b.labels['test'] = {k: 1-v for k,v in b.labels['test'].items()}
     assert rt.choose_text(b, rt.text_grid_rows(b, 'held'))==results[0].chosen
 
+def test_few_tries(results, monkeypatch):
+    "A budget says how many settings of each method are tried"
+    b,seen = results[0].bench,[]
+    monkeypatch.setattr(b, 'held_out', lambda w: seen.append(w.name) or len(seen))
+    for n,want in (None, 7), (1, 5), (2, 7):
+        seen.clear()
+        monkeypatch.setattr(b, 'budget', replace(tiny, tries=n))
+        found = rt.choose_text(b, [])
+        assert len(seen)==len(set(seen))==want and all(v in few[k] for k,v in found.items())
+
 def test_selected_tensors(results):
     s = selected(results[0].bench, 25)
     assert set(s.kind)=={'attention','feed-forward','norm'} and 0 < s.passes.sum() <= .3*len(s)
@@ -100,6 +114,13 @@ def test_one_verdict_per_finding():
     assert v.verdict.to_dict()=={'sound': 'holds', 'as published': 'does not hold'}
     assert v.loc['sound', ['comparisons','significant_for','significant_against','n','seeds']].tolist()==[9, 3, 3, 900, 3]
     assert np.isclose(v.difference['sound'], .11) and v.loc['as published', 'significant_against']==0
+
+def test_significant_against_averaging():
+    "Counted over seeds and tasks, after Holm's correction over the whole table"
+    rows = pd.DataFrame([dict(method=m, seed=s, task='t', accuracy=a, p=p) for s in (0, 1)
+        for m,a,p in (('average', .5, 1.), ('up', .7, 1e-4), ('down', .4, .001+.02*s), ('expert', .9, np.nan))])
+    found = rt._significant(rows, ['method']).set_index('method')
+    assert found.T.to_dict('list')=={'average': [0, 0], 'up': [2, 0], 'down': [0, 1]}
 
 def test_panel_reads_it(results):
     panel = MergePanel.from_folder(results[1])
