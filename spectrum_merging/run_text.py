@@ -458,7 +458,7 @@ def claim_table(
 
 def verdict_table(
     rows:pd.DataFrame, # From `claim_rows`, of all seeds
-) -> pd.DataFrame: # One row per finding and kind of evidence
+) -> pd.DataFrame: # One row per finding and kind of evidence; n: sentences of the smallest task
     "One verdict per finding: the mean of its comparisons in each seed, and an interval over seeds"
     rows = rows.assign(evidence=np.where(rows.how=='as published', 'as published', 'sound'), p=holm(rows.p))
     found,by = [],['finding','evidence','metric']
@@ -466,7 +466,7 @@ def verdict_table(
         sure = o.difference[o.p<.05]
         found.append(dict(zip(by, key)) | _verdict(o.groupby('seed').difference.mean()) | dict(
             comparisons=len(o), significant_for=int((sure>0).sum()), significant_against=int((sure<0).sum()),
-            n=int(o.n.iloc[0])))
+            n=int(o.n.min())))
     return pd.DataFrame(found)
 
 # %% ../nbs/89_run_text.ipynb #00000016
