@@ -70,7 +70,9 @@ def plot_snr(
     first,*rest = [df.set_index('name').snr for df in scans.values()]
     names = [k for k in first.index if all(k in o for o in rest)]
     y = np.stack([o[names].to_numpy(float) for o in (first, *rest)])
-    fig = Figure(figsize=(8, 3.2), dpi=44, layout='constrained')
+    labels = [k.removesuffix('.weight') for k in names]
+    height = max(3.2, 2.2+.07*max(map(len, labels), default=0)) # long names leave room for the bars
+    fig = Figure(figsize=(8, height), dpi=44, layout='constrained')
     ax = fig.subplots()
     x = np.arange(len(names))
     floor = max(y[y>0].min()/2, y.max()*1e-6) if (y>0).any() else 1e-3
@@ -83,7 +85,7 @@ def plot_snr(
         ax.axhline(threshold, ls=':', color='k', label=f'threshold {threshold:.3g}')
     ax.set_yscale('log')
     ax.set_ylim(bottom=floor*.9)
-    ax.set_xticks(x, [k.removesuffix('.weight') for k in names], rotation=90, fontsize=8)
+    ax.set_xticks(x, labels, rotation=90, fontsize=8)
     ax.set(ylabel='SNR (log scale)', title=title)
     fig.legend(loc='outside right upper', frameon=False, fontsize=8)
     return _finish(fig, [ax], caption)

@@ -543,6 +543,13 @@ def _text_caption(results):
     seeds = [b.seed for b in results.benches]
     return f"{n}. Seed{'s'*(len(seeds)>1)} {', '.join(map(str, seeds))}."
 
+def _in_layers(scans):
+    "Scans of the encoder's numbered layers alone, under short names; all of it where none is numbered"
+    def inner(df): return df[df.name.str.contains(r'layers?\.\d')].assign(
+        name=lambda o: o.name.str.replace(r'^.*?(?=layers?\.\d)', '', regex=True))
+    found = {t: inner(df) for t,df in scans.items()}
+    return found if all(map(len, found.values())) else scans
+
 def text_figures(
     results:Results,
 ) -> dict: # `{name: Figure}`
@@ -588,8 +595,9 @@ def text_figures(
     have = set(results.rows.table)
     one = f'Seed {b.seed}.'
     return {k: f() for k,(t,f) in found.items() if t in have} | dict(
-        snr_weights=plot_snr(b.weight_scans, caption=one, title="SNR of the weights, paper's text formula"),
-        snr_updates=plot_snr(b.update_scans, caption=one, title='SNR of the updates, calibrated'))
+        snr_weights=plot_snr(_in_layers(b.weight_scans), caption=one,
+            title="SNR of the weights, paper's text formula"),
+        snr_updates=plot_snr(_in_layers(b.update_scans), caption=one, title='SNR of the updates, calibrated'))
 
 every_text = ('paper','grid','methods','controls','claims','three')
 
