@@ -301,10 +301,10 @@ class TextBudget:
     test:int=None # Validation sentences per task; None takes all
     calibration:int=1000 # Unlabelled sentences per task, for merges that look at some
     max_length:int=128 # Tokens of a sentence at most
-    tries:int=None # Settings tried of each merging method; None tries all
+    tries:int=None # Settings tried of each merging method, 1: the middle one; None tries all
 
 full_text = TextBudget()
-quick_text = TextBudget(steps=140, lr=2e-4, train=3200, test=300, calibration=128, tries=2)
+quick_text = TextBudget(steps=120, lr=2e-4, train=2700, test=300, calibration=128, tries=1)
 
 def _text_recipe(task, base, budget, seed):
     "All that makes an expert"

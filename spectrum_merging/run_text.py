@@ -346,7 +346,9 @@ def choose_text(
     res,n = {},bench.budget.tries
     def some(os): return os if n is None or n>=len(os) else [os[(2*i+1)*len(os)//(2*n)] for i in range(n)]
     for m in methods or text_candidates:
-        res[m] = max(some(text_candidates[m]), key=lambda o: bench.held_out(text_weights(bench, m, o, res)))
+        found = some(text_candidates[m])
+        res[m] = found[0] if len(found)==1 else max(found,
+            key=lambda o: bench.held_out(text_weights(bench, m, o, res)))
     df = pd.DataFrame(grid)
     if not len(df): return res
     mean = df[df.of!=''].groupby(['of','strategy','top']).kept.mean()

@@ -82,7 +82,7 @@ def test_few_tries(results, monkeypatch):
     "A budget says how many settings of each method are tried"
     b,seen = results[0].bench,[]
     monkeypatch.setattr(b, 'held_out', lambda w: seen.append(w.name) or len(seen))
-    for n,want in (None, 7), (1, 5), (2, 7):
+    for n,want in (None, 4), (1, 0), (2, 4): # what has one setting is not tried
         seen.clear()
         monkeypatch.setattr(b, 'budget', replace(tiny, tries=n))
         found = rt.choose_text(b, [])
