@@ -2,7 +2,7 @@
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from spectrum_merging.activations import (Layer, _patches, _rows, input_grams, layer_order,
-    match_layers)
+    match_heads, match_layers)
 
 def seeded(f, seed):
     with torch.random.fork_rng():
@@ -157,11 +157,79 @@ def test_masks():
 def test_modes_and_wrong_input():
     net,x = seeded(cnn, 0).train(),[images(64)]
     expert = seeded(cnn, 1).train()
+    expert[1].eval() # a frozen BatchNorm
     fitted = match_layers(net, dict(a=expert), dict(a=x), heads=['7'])
-    assert net.training and expert.training and not fitted['a'].training
+    input_grams(expert, x, heads=['7']), match_heads(net, dict(a=expert), dict(a=x), heads=['7'])
+    assert net.training and net[1].training and not fitted['a'].training
+    assert expert.training and expert[4].training and not expert[1].training
     for how,words in ((dict(statistics='own'), "choose 'shared'"), (dict(ridge=0.), 'positive')):
         with pytest.raises(ValueError, match=words): match_layers(net, dict(a=net), dict(a=x), **how)
     with pytest.raises(ValueError, match='same tasks'): match_layers(net, dict(a=net), dict(b=x))
     with pytest.raises(ValueError, match='empty'): match_layers(net, dict(a=net), dict(a=[]))
     dead = match_layers(net, dict(a=expert), dict(a=[torch.zeros(32, 3, 8, 8)]), heads=['7'])['a']
     assert all(v.isfinite().all() for v in dead.state_dict().values() if v.is_floating_point())
+
+@pytest.mark.parametrize('make,shape,heads', [(cnn, (3, 8, 8), ['7']), (mlp, (6,), ['4']),
+    (lambda: nn.Sequential(mlp()[:3], nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3)), (6,), ['1','3'])],
+    ids=['cnn','mlp','two layers'])
+def test_heads_are_found_again(make, shape, heads):
+    "Features turned by a matrix: the fitted head reads them as the expert's head read its own"
+    expert,x,new = seeded(make, 1),images(900, shape=shape),images(200, 1, shape)
+    turned = seeded(make, 1)
+    last = expert.get_submodule(heads[0])
+    turn = torch.randperm(last.in_features, generator=torch.Generator().manual_seed(0))
+    class Turned(nn.Module):
+        def __init__(self, net, turn):
+            super().__init__()
+            self.body,self.classifier = net[:int(heads[0])],net[int(heads[0]):]
+            self.register_buffer('turn', turn)
+        def forward(self, x): return self.classifier(self.body(x)[:,self.turn])
+    first = Turned(expert, torch.arange(last.in_features))
+    merged = Turned(turned, turn)
+    before = {k: v.clone() for k,v in merged.state_dict().items()}
+    fitted = match_heads(merged, dict(a=first), dict(a=list(x.split(300))), ridge=1e-7)['a']
+    with torch.no_grad(): a,b,c = (o(new) for o in (fitted, first, merged))
+    assert ((a-b)**2).mean() < 1e-3*b.var() < .1*((c-b)**2).mean()
+    assert all(v.equal(before[k]) for k,v in merged.state_dict().items())
+    body = {k: v for k,v in fitted.state_dict().items() if k[:5]!='class'}
+    assert all(v.equal(before[k]) for k,v in body.items())
+
+def test_heads_of_several_tasks():
+    "Heads of different size over one body; each is fitted to its own inputs, in any mode, under autocast"
+    def make(n, seed): return nn.Sequential(seeded(mlp, seed)[:4], nn.Linear(16, n))
+    experts = dict(a=make(3, 1).train(), b=make(5, 2))
+    x = {t: list(images(400, i, (6,)).split(100)) for i,t in enumerate(experts)}
+    with torch.autocast('cpu', torch.bfloat16):
+        found = match_heads(make(2, 3), experts, x, heads=['1'])
+    assert [tuple(o[1].weight.shape) for o in found.values()]==[(3, 16), (5, 16)]
+    assert experts['a'].training and found['a'][1].weight.requires_grad
+    alone = match_heads(dict(b=make(2, 3)), dict(b=experts['b']), dict(b=x['b']), heads=['1'])['b']
+    assert F.cosine_similarity(alone[1].weight, found['b'][1].weight).min() > .98 # bf16
+    strong = match_heads(make(2, 3), experts, x, heads=['1'], ridge=1e6)['b'][1].weight
+    assert F.cosine_similarity(strong, experts['b'][1].weight).min() > .999
+
+def test_heads_per_position():
+    "A head that answers at every position: what is padding has no influence"
+    def make(): return nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 3))
+    expert,merged = seeded(make, 1),seeded(make, 2)
+    g = torch.Generator().manual_seed(0)
+    x,mask = torch.randn(90, 7, 12, generator=g),torch.arange(7)<torch.randint(2, 6, (90,1), generator=g)
+    a,b = (match_heads(merged, dict(a=expert), dict(a=list(torch.where(mask[...,None], x, pad).split(30))),
+        masks=dict(a=list(mask.split(30))), heads=['2'])['a'][2] for pad in (0., 9.))
+    assert a.weight.equal(b.weight) and a.bias.equal(b.bias)
+    c = match_heads(merged, dict(a=expert), dict(a=list(torch.where(mask[...,None], x, 9.).split(30))),
+        heads=['2'])['a'][2]
+    assert not torch.allclose(a.weight, c.weight, atol=1e-3)
+
+def test_wrong_input_for_heads():
+    net,x = seeded(mlp, 0),[images(64, shape=(6,))]
+    def run(merged=net, experts=None, batches=None, **how):
+        return match_heads(merged, experts or dict(a=net), batches or dict(a=x), **dict(heads=['4']) | how)
+    for how,words in ((dict(ridge=0.), 'positive'), (dict(batches=dict(b=x)), 'same tasks'),
+            (dict(batches=dict(a=[])), 'empty'), (dict(merged=dict(b=net)), 'same tasks'),
+            (dict(heads=['9']), 'no linear layer in a head'),
+            (dict(merged=seeded(cnn, 0)), r'0.weight is \(8, 3, 3, 3\) in the merged model, \(16, 6\)'),
+            (dict(merged=net[:2]), 'missing')):
+        with pytest.raises(ValueError, match=words): run(**how)
+    assert all(v.isfinite().all() for v in run(batches=dict(a=[torch.zeros(8, 6)]))['a'].state_dict().values())
+    assert run(batches=dict(a=[x[0][:1]]))['a'](x[0]).isfinite().all()

@@ -33,7 +33,7 @@ def results(cache, tmp_path_factory):
 
 def test_every_table(results):
     (res,out),r = results,results[0].rows
-    assert set(r.table)=={'reference','paper','grid','methods','one head','controls','claims','three'}
+    assert set(r.table)=={'reference','paper','grid','methods','heads','one head','controls','claims','three'}
     assert set(r.seed)=={0, 1} and set(r.split.dropna())=={'validation'}
     scored = r[r.table!='claims']
     assert scored.accuracy.between(0, 1).all() and scored.mcc.between(-1, 1).all()
@@ -48,13 +48,43 @@ def test_every_table(results):
     for k in ('Strategies by SNR, one head per task','Methods, one head per task','Three tasks'):
         most = 2*(3 if k=='Three tasks' else 2)
         assert (found[k][['better','worse']].sum(axis=1)<=most).all() and found[k].better.notna().any()
-    assert len(found)==10 and all(len(o) for o in found.values())
+    assert len(found)==11 and all(len(o) for o in found.values())
     assert 'word order MCC / expert' in found['Methods, one head per task']
-    assert {'paper','grid','methods','controls','snr_weights','snr_updates'}==set(text_figures(res))
+    assert {'paper','grid','methods','heads','controls','snr_weights','snr_updates'}==set(text_figures(res))
     names = {p.name for p in out.iterdir()}
     assert names >= {'results.csv','results.json','scans','paper.png','table-findings.csv'}
     about = json.loads((out/'results.json').read_text())
     assert about['experiment']=='sst2-cola' and len(about['rows'])==len(r)
+
+def test_refitted_heads(cache, results):
+    "Bodies stay, heads come nearer to the experts' logits on sentences that were not seen; the base is there, too"
+    res = results[0]
+    t = text_tables(res)['Heads refitted'].set_index('method')
+    assert t.index[:2].tolist()==['base','average'] and len(t)==8
+    assert t.loc['average', ['better','worse']].tolist()==[0, 0]
+    shown = t["mean_normalised, experts' heads"].drop('base')
+    want = text_tables(res)['Methods, one head per task'].set_index('method').mean_normalised[shown.index]
+    assert np.allclose(shown, want) and np.isnan(t["mean_normalised, experts' heads"]['base'])
+    three = set(res.part('three').method)
+    assert {'base, heads refitted','average, heads refitted'} < three
+    b = res.benches[0]
+    w = b.planned(rt.make_plan('standard', b.experts, b.base))
+    fitted = b.refitted(w)
+    goal = {t: b.logits(b.alone(t))[t].astype('f4') for t in b.tasks}
+    def far(w): return {t: np.square(z-goal[t]).mean() for t,z in b.logits(w).items()}
+    before,after = far(w),far(fitted)
+    assert sum(after.values()) < sum(before.values())
+    for t in b.tasks:
+        sd = fitted.of(t)
+        assert all(v.equal(sd[k]) for k,v in w.of(t).items())
+        assert not sd['classifier.weight'].equal(b.head(t)['classifier.weight'])
+
+def test_heads_alone(cache):
+    "One part by itself, with settings for some methods"
+    res = tiny_run(cache, ('SST-2','Emotion'), third='CoLA', parts=['heads'],
+        chosen=dict(ridge_mean=('ridge_mean(eps=0.1)', 1.), update=('snr_winner', 50)))
+    assert list(text_tables(res))==['References','Heads refitted'] and 'heads' in text_figures(res)
+    assert set(res.part('heads').heads)=={'refitted'} and res.part('heads').groupby('task').size().eq(4).all()
 
 def test_other_classes_get_a_random_head(cache):
     "Emotion's head is replaced for the paper's protocol, its labels are folded; nowhere else"
