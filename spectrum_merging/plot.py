@@ -125,7 +125,7 @@ def plot_bars(
         if line is not None: ax.axhline(line, ls='--', color='0.5', label=label)
         ax.set_xticks(range(len(groups)), groups, rotation=30, ha='right', fontsize=8)
         ax.set(title=pan)
-        if level==1: ax.set_ylim(0, 1.08)
+        if level==1: ax.set_ylim(0, max(1.08, 1.03*per.max()))
     axs[0].set_ylabel(ylabel)
     if title: fig.suptitle(title)
     found = {k: o for a in axs for o,k in zip(*a.get_legend_handles_labels()) if k}
