@@ -169,10 +169,10 @@ class TextBench(Merges):
             k: v for k,v in run().items() if is_head(k)}
         return res
 
-    def calibration(self, task):
-        "Token ids of unlabelled training sentences"
+    def calibration(self, task, n=None):
+        "Token ids of `n` unlabelled training sentences"
         x = self.tasks[task].x
-        pick = np.random.default_rng(self.seed).permutation(len(x))[:self.images]
+        pick = np.random.default_rng(self.seed).permutation(len(x))[:n or self.images]
         return self.tokenizer([x[i] for i in pick], truncation=True,
             max_length=self.budget.max_length)['input_ids']
 
@@ -187,17 +187,17 @@ class TextBench(Merges):
         if 'grams' not in self.made_once: self.made_once['grams'] = {t: of(t) for t in self.tasks}
         return self.made_once['grams']
 
-    def padded(self, task, tokens=48):
+    def padded(self, task, n=None, tokens=48):
         "Token ids of unlabelled training sentences and their masks, in batches (sentences, 2, tokens)"
-        ids = sorted((o[:tokens] for o in self.calibration(task)), key=len, reverse=True)
+        ids = sorted((o[:tokens] for o in self.calibration(task, n)), key=len, reverse=True)
         deal = np.random.default_rng(0).permutation(-(-len(ids)//50))
         parts = [dict(self.tokenizer.pad(dict(input_ids=ids[50*i:50*i+50]), return_tensors='pt')) for i in deal]
         return [torch.stack([o['input_ids'], o['attention_mask']], 1) for o in parts]
 
-    def _fit(self, how, merged, **kw):
+    def _fit(self, how, merged, n=None, **kw):
         "`match_layers` or `match_heads` on unlabelled sentences"
         models = {t: self._padded_model(t) for t in self.tasks}
-        x = {t: self.padded(t) for t in self.tasks}
+        x = {t: self.padded(t, n) for t in self.tasks}
         masks = {t: [o[:,1].bool() for o in v] for t,v in x.items()}
         with fast(): found = how(merged, models, x, masks=masks, **kw)
         return {t: o.module.state_dict() for t,o in found.items()}
@@ -216,10 +216,10 @@ class TextBench(Merges):
         name = f'{start.name} matched {ridge} {self.images} 48'
         return self.made_once.setdefault(name, Weights(name, run))
 
-    def refitted(self, w):
-        "Heads fitted to the experts' logits on unlabelled sentences, over the body of `Weights`"
-        def run(): return self._fit(match_heads, {t: self._padded_model(t, w.of(t)) for t in self.tasks})
-        return Weights(f'{w.name} heads refitted {self.images}', run)
+    def refitted(self, w, n=None):
+        "Heads fitted to the experts' logits on `n` unlabelled sentences per task, over the body of `Weights`"
+        def run(): return self._fit(match_heads, {t: self._padded_model(t, w.of(t)) for t in self.tasks}, n)
+        return Weights(f'{w.name} heads refitted {n or self.images}', run)
 
 # %% ../nbs/89_run_text.ipynb #00000008
 def text_references(
