@@ -54,7 +54,7 @@ def _layers(model, x, wanted):
     mods = {k: m for k,m in model.named_modules() if isinstance(m, kinds)}
     seen = []
     with _evaluating(model): _run(model, x[:2], mods, lambda k, i, o: seen.append(k))
-    if twice := [k for k in seen if seen.count(k)>1]:
+    if twice := [k for k in seen if wanted(k) and seen.count(k)>1]:
         raise ValueError(f"{twice[0]} runs {seen.count(twice[0])} times in one pass: "
             "layers that are used more than once cannot be fitted one by one")
     def fits(k): return wanted(k) and getattr(mods[k], 'groups', 1)==1

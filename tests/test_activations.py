@@ -208,6 +208,21 @@ def test_heads_of_several_tasks():
     strong = match_heads(make(2, 3), experts, x, heads=['1'], ridge=1e6)['b'][1].weight
     assert F.cosine_similarity(strong, experts['b'][1].weight).min() > .999
 
+def test_heads_over_shared_layers():
+    "A body that runs one layer twice, as ALBERT does, has heads to fit all the same"
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first,self.classifier = nn.Linear(6, 6),nn.Linear(6, 3)
+        def forward(self, x): return self.classifier(self.first(self.first(x).relu()).relu())
+    merged,expert,x = seeded(Twice, 1),seeded(Twice, 2),images(300, shape=(6,))
+    fitted = match_heads(merged, dict(a=expert), dict(a=[x]))['a']
+    before = seeded(Twice, 1)
+    before.classifier.load_state_dict(expert.classifier.state_dict())
+    def far(m):
+        with torch.no_grad(): return ((m(x)-expert(x))**2).mean().item()
+    assert far(fitted) < .5*far(before)
+
 def test_heads_per_position():
     "A head that answers at every position: what is padding has no influence"
     def make(): return nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 3))
