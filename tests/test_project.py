@@ -45,5 +45,7 @@ def test_docs_build():
         rel = nb.relative_to(root/'nbs')
         page = site/rel.parent/(re.sub(r'^\d+[a-z]*_', '', rel.stem)+'.html')
         assert page.is_file() and page.with_suffix('.html.md').is_file()
+    said = (site/'experiments/bert_sst2_cola.html').read_text(encoding='utf-8')
+    assert re.search(r'<th[^>]*><p>merge − merge, task</p></th>', said) # tables in outputs are tables
     html = (site/'spectrum.html').read_text(encoding='utf-8')
     assert '<math' in html and 'id="snr"' in html and '<img' in html
