@@ -132,7 +132,7 @@ def _plans(d, models, base):
     infos,rng = Checkpoint(models['a']).infos,np.random.default_rng(0)
     names = [k for k,o in infos.items() if len(o.shape)==2]
     scans = {m: pd.DataFrame(dict(name=names, snr=rng.random(len(names)))) for m in models}
-    for o in scans.values(): o.attrs.update(estimator='mp', of='weights')
+    scans = {m: o.assign(estimator='mp', of='weights') for m,o in scans.items()}
     for s in ('standard','base_reset','snr_winner'):
         yield s,make_plan(s, models, base, of='weights', scans=scans, heads=[]).save(d/f'{s}.csv')
 

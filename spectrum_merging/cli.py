@@ -29,7 +29,7 @@ def _says_errors(f):
 def scan_cli(
     model:str, # .safetensors file, model folder or hub id
     base:str=None, # The model it was fine-tuned from
-    estimator:str='mp', # mp, paper_nlp, paper_vision or spectrum
+    estimator:str='mp', # Rule of kind 'estimator': mp, spectrum, …
     of:str=None, # weights or update; by default the update where there is a base
     workers:int=None, # Layers measured side by side
     out:str=None, # CSV file to write instead of printing the table
@@ -41,7 +41,7 @@ def scan_cli(
     df = scan(model, base, estimator=estimator, of=of, n_workers=workers,
         progress=sys.stderr.isatty())
     if out: df.to_csv(out, index=False)
-    else: print(df.drop(columns=['unit']).to_string(index=False, float_format='{:.4g}'.format))
+    else: print(df.drop(columns=['unit','estimator','of']).to_string(index=False, float_format='{:.4g}'.format))
 
 # %% ../nbs/95_cli.ipynb #0000000a
 def _named(models):
@@ -61,11 +61,6 @@ def _bytes(text):
     if n<1: raise ValueError(f"shard size is {text!r}: pass a size like 5GB or 200MB")
     return n
 
-def _only(strategy, **given):
-    "Refuse options that the strategy does not look at"
-    if bad := [k for k,v in given.items() if v is not None]:
-        raise ValueError(f"strategy {strategy!r} has no use for --{bad[0]}")
-
 def _summary(plan):
     "How many tensors each mixture gets"
     from spectrum_merging.plan import mixture
@@ -81,7 +76,7 @@ def merge_cli(
     strategy:str='standard', # standard, base_reset, snr_{winner,lowA,…}, 'tsv_m(share=0.5)', …
     threshold:float=None, # SNR to pass
     top:float=None, # Share of layers to pass, in %; 50 where neither is given
-    estimator:str='mp', # mp, paper_nlp, paper_vision or spectrum
+    estimator:str=None, # mp (the default), spectrum, …; where the strategy looks at SNRs
     of:str=None, # weights or update; by default the update where there is a base
     protocol:str='unit', # unit, or paper for the paper's own rules
     heads:str=None, # Prefixes of task heads, comma-separated; 'none' merges heads too
@@ -96,21 +91,13 @@ def merge_cli(
     shard_size = _bytes(shard_size)
     from spectrum_merging.merge import check_out, merge
     check_out(out)
-    from spectrum_merging.plan import Plan, is_update_rule, make_plan, update_plan
+    from spectrum_merging.plan import Plan, make_plan
     models = _named(models)
     if plan: table = Plan.load(plan)
     else:
         heads = None if heads is None else [] if heads=='none' else heads.split(',')
-        how = dict(heads=heads, progress=sys.stderr.isatty(), out=out)
-        if is_update_rule(strategy):
-            _only(strategy, threshold=threshold, top=top, of=of,
-                estimator=None if estimator=='mp' else estimator,
-                protocol=None if protocol=='unit' else protocol)
-            table = update_plan(strategy, models, base, scale=scale, **how)
-        else:
-            _only(strategy, scale=scale)
-            table = make_plan(strategy, models, base, estimator=estimator, of=of, top=top,
-                threshold=threshold, protocol=protocol, **how)
+        table = make_plan(strategy, models, base, scale=scale, estimator=estimator, of=of, top=top,
+            threshold=threshold, protocol=protocol, heads=heads, out=out, progress=sys.stderr.isatty())
     try: merge(table, models, base, out, dtype=dtype, shard_size=shard_size, files_from=files_from,
         n_workers=workers, progress=sys.stderr.isatty())
     except KeyboardInterrupt as e:

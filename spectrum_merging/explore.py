@@ -18,11 +18,15 @@ from pathlib import Path
 from PIL import Image
 from .checkpoint import TensorInfo
 from .evaluate import normalise
-from .plan import _decide, _unit_snrs
-from .strategies import get_strategy, strategies
+from .plan import check_options, decide_layers, layer_cut, unit_snrs
+from .rules import recipe, rules
 
 # %% ../nbs/90_explore.ipynb #0000000a
 _taken = 'unit','passes','base'
+
+def _usable(n):
+    "Names of the strategies that are defined for `n` models"
+    return [k for k,o in rules.items() if o.kind=='layer' and not o.adds and (n==2 or not o.two_only)]
 
 def _layer_snrs(scans):
     "(K, N) SNR per layer, heads left out. Raises `ValueError` where scans do not fit together"
@@ -35,20 +39,22 @@ def _layer_snrs(scans):
             raise ValueError(f"the scans of {name} and {t} differ in {', '.join(odd[:3])}: "
                 "scan models of one architecture")
     infos = {k: TensorInfo(o, 'float32') for k,o in first['shape'].items()}
-    return _unit_snrs(first, infos, {t: df.snr for t,df in body.items()})
+    return unit_snrs(first, infos, {t: df.snr for t,df in body.items()})
 
 def decide(
     scans:dict, # `{task: scan(...)}`, in the order of the models
-    strategy:str, # One of `strategies`
+    strategy:str, # A rule of kind 'layer' that chooses among weights
     top:float=50, # Share of layers to pass, in %
 ) -> pd.DataFrame: # One row per layer: unit, snr_…, passes, base, a column per task; attrs: cut
     "SNRs and merge coefficients of each layer. Raises `ValueError`"
-    rule = get_strategy(strategy, len(scans))
+    what = recipe(strategy, 'layer', 'strategy')
+    check_options(what, len(scans), True, top=top if what.rule.asks('hi') else None)
+    if what.rule.adds: raise ValueError(f"{strategy} adds updates: choose one of {', '.join(_usable(len(scans)))}")
     s = _layer_snrs(scans)
-    coefs,cut,_ = _decide(s, rule, None, top, False)
+    coefs,cut = decide_layers(what, list(s.index), list(s), s, top=top).coefs,layer_cut(s, top=top)
     table = pd.concat([s.add_prefix('snr_'), (s.max(axis=1)>cut).rename('passes'), coefs], axis=1)
     table = table.rename_axis('unit').reset_index()
-    of = next(iter(scans.values())).attrs.get('of')
+    of = next(iter(next(iter(scans.values())).get('of', [])), None)
     table.attrs.update(strategy=strategy, of=of, top=top, cut=cut)
     return table
 
@@ -203,21 +209,17 @@ def _checked(scans, rows, experts):
 
 def measured(
     rows:pd.DataFrame, # One row per merge, task and seed
-    strategy:str, # One of `strategies`
+    strategy:str, # A rule of kind 'layer' that chooses among weights
     of:str, # 'weights' or 'update'
     top:float, # Share of layers, in %
     bn:str, # What was done with BatchNorm
 ) -> pd.DataFrame: # One row per task and seed, or none
     "The rows of one combination; a strategy that looks at no SNR has one for all `of` and `top`"
     r = rows[(rows.strategy==strategy) & (rows.bn==bn)]
-    if strategies[strategy].needs_snr: r = r[(r.of==of) & np.isclose(r.top, top)]
+    if rules[strategy].asks('snr', 'hi'): r = r[(r.of==of) & np.isclose(r.top, top)]
     return r.drop_duplicates(['task','seed']) if set(r.task)==set(rows.task) else r[:0]
 
 # %% ../nbs/90_explore.ipynb #00000021
-def _usable(n):
-    "Names of the strategies that are defined for `n` models"
-    return [k for k,o in strategies.items() if n==2 or not o.two_only]
-
 def _png(fig):
     "PNG bytes in 32 colours, a third of the usual size"
     raw,res = BytesIO(),BytesIO()
@@ -257,7 +259,7 @@ class MergePanel(W.VBox):
         choice = [o.value for o in (self.strategy, self.of, self.top, self.bn)]
         before,self.scores = self.table,measured(self.rows, *choice)
         self.table = decide(self.scans[self.of.value], self.strategy.value, self.top.value)
-        self.of.disabled = self.top.disabled = not strategies[self.strategy.value].needs_snr
+        self.of.disabled = self.top.disabled = not rules[self.strategy.value].asks('snr', 'hi')
         self.image.value = _png(plot_choice(self.table, self.scores, self.experts, before))
         self.text.value = describe(self.table, self.scores, before)
 
@@ -314,9 +316,7 @@ def read_folder(
             "for weights or update")
     scans = {of: {t: _read(index.parent/o[t], _scan_table) for t in experts}
         for of,o in files.items()}
-    for of,o in scans.items():
-        for df in o.values(): df.attrs['of'] = of
-    return scans,rows,experts
+    return {of: {t: df.assign(of=of) for t,df in o.items()} for of,o in scans.items()},rows,experts
 
 # %% ../nbs/90_explore.ipynb #0000002a
 @patch(cls_method=True)

@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 from . import __version__
 from .arithmetic import page_aligned
 from .checkpoint import content_sha256, known_sha256, n_cores, sha256
-from .plan import mixture, out_problems
-from .stream import BLOCK, TASK, outputs, run_tasks, tasks
+from .plan import mixture
+from .preflight import out_problems
+from .stream import BLOCK, PIECE, outputs, pieces, run_pieces
 
 # %% ../nbs/57_folder.ipynb #00000007
 FLUSH = 1<<28 # Bytes written between two entries of the journal
@@ -311,7 +312,7 @@ def _file_of(files):
     "`{row name: (file, where its numbers start there)}`"
     return {r.name: (o.path, a) for o in files for r,a in zip(o.rows, o.starts)}
 
-class _Bar(tqdm): monitor_interval = 0 # no thread of its own, so that `run_tasks` can fork
+class _Bar(tqdm): monitor_interval = 0 # no thread of its own, so that `run_pieces` can fork
 
 def _fill(part, files, heads, todo, sources, n_workers, progress):
     "Run what is not done; checksum of every row"
@@ -334,7 +335,7 @@ def _fill(part, files, heads, todo, sources, n_workers, progress):
         waiting = 0
     with bar:
         bar.update(sum(size(todo[i]) for i in part.done))
-        run_tasks([t for i,t in enumerate(todo) if i not in part.done], sources, write,
+        run_pieces([t for i,t in enumerate(todo) if i not in part.done], sources, write,
             n_workers or 2*n_cores(), done, fork=True, forked=part.in_child) # half wait for disk
     return fresh
 
@@ -386,13 +387,13 @@ def write_folder(
     files_from = files_from or plan.models[0]
     if files_from not in plan.models:
         raise ValueError(f"files_from is {files_from!r}: choose one of {', '.join(plan.models)}")
-    files,todo = outputs(rows, shard_size),tasks(rows)
+    files,todo = outputs(rows, shard_size),pieces(rows)
     blank = metadata(plan, sources, None)
     blanks = {o.path: o.header(blank) for o in files}
     heads = {k: len(v) for k,v in blanks.items()}
     settings = settings | dict(shard_size=shard_size, files_from=files_from)
     job = dict(version=__version__, plan=plan.digest, meta=plan.meta, settings=settings,
-        block=[BLOCK, TASK], rows=[[r.name, r.info.dtype] for r in rows],
+        block=[BLOCK, PIECE], rows=[[r.name, r.info.dtype] for r in rows],
         inputs=fingerprint(sources))
     part = Partial(out, hashlib.sha256(json.dumps(job).encode()).hexdigest())
     try:

@@ -11,7 +11,7 @@ __all__ = ['to_mergekit', 'write_snr_results', 'read_snr_results', 'write_unfroz
 import json, pandas as pd, re, yaml
 from pathlib import Path
 from .checkpoint import atomic
-from .plan import listed
+from .preflight import listed
 
 # %% ../nbs/45_interop.ipynb #00000006
 def _write(path, text, overwrite):
@@ -85,17 +85,15 @@ def write_snr_results(
 def read_snr_results(
     path, # JSON file
     estimator:str='spectrum', # What measured it; Spectrum's own script by default
-) -> pd.DataFrame: # name, snr, kind; goes into `make_plan(scans=…, estimator=…, of='weights')`
+) -> pd.DataFrame: # name, snr, kind, estimator, of; goes into `make_plan(scans=…, estimator=…, of='weights')`
     "Read Spectrum's `snr_results_….json`. Raises `ValueError` where it is none"
     try:
         rows = json.loads(Path(path).read_text(encoding='utf-8'))
-        res = pd.DataFrame([dict(name=k+'.weight', snr=float(o['snr']), kind=o['type'])
-            for k,o in rows.items()])
+        return pd.DataFrame([dict(name=k+'.weight', snr=float(o['snr']), kind=o['type'],
+            estimator=estimator, of='weights') for k,o in rows.items()])
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is no snr_results file ({e!r}): it needs a JSON object "
             "{layer: {snr: number, type: kind}}") from e
-    res.attrs.update(estimator=estimator, of='weights')
-    return res
 
 # %% ../nbs/45_interop.ipynb #0000000c
 def write_unfrozen(

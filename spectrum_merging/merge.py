@@ -12,8 +12,9 @@ import json, numpy as np
 from pathlib import Path
 from .checkpoint import Checkpoint, file_metadata
 from .folder import tied, write_folder
-from .plan import Plan, name_models, out_problems, tensor_name
-from .stream import plan_rows, run_tasks, tasks
+from .plan import Plan, tensor_name
+from .preflight import name_models, out_problems
+from .stream import pieces, plan_rows, run_pieces
 
 # %% ../nbs/60_merge.ipynb #00000005
 def _in_memory(rows, sources, n_workers):
@@ -22,7 +23,7 @@ def _in_memory(rows, sources, n_workers):
     res = {r.name: torch.empty(r.info.nbytes, dtype=torch.uint8) for r in rows}
     flat = {k: v.numpy() for k,v in res.items()}
     def write(row, start, raw): flat[row.name][start:start+raw.nbytes] = raw.view('u1')
-    run_tasks(tasks(rows), sources, write, n_workers)
+    run_pieces(pieces(rows), sources, write, n_workers)
     return {r.name: res[r.name].view(getattr(torch, r.info.dtype)).reshape(r.info.shape)
         for r in rows}
 
@@ -45,7 +46,7 @@ def merge(
     shard_size:int=5_000_000_000, # Largest number of bytes of a file of `out`
     files_from:str=None, # Model whose configuration and tokenizer `out` gets; the first by default
     results:str='', # Markdown for the model card in `out`
-    grams:dict=None, # `{model: second moments of its inputs}` (see `input_grams`), for `regmean`
+    grams:dict=None, # `{model: second moments of its inputs}` (see `input_grams`), for operations that ask for them
     n_workers:int=None, # Threads; by default one per core
     progress:bool=False, # Show a progress bar
 ) -> dict | Path: # `{name: tensor}`, or the folder

@@ -14,7 +14,8 @@ from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 from .arithmetic import storage, widen
 from .checkpoint import Checkpoint, n_cores
-from .spectrum import Matrix, check_estimator, matrix, snr, spectrum
+from .rules import recipe
+from .spectrum import Matrix, matrix, measure
 from .units import find_units, is_matrix
 
 # %% ../nbs/20_scan.ipynb #00000006
@@ -55,14 +56,6 @@ def _matrix(name, model, base):
     if base is None: return W
     return Matrix(W.shape, W.parts+_part(name, base, f'base {name}').parts, _eps['float64'])
 
-def _measure(name, model, base, estimator):
-    "One row's numbers"
-    W = _matrix(name, model, base)
-    if estimator!='mp': return dict(snr=snr(W, estimator, name))
-    s = spectrum(W, name=name)
-    return {k: getattr(s, k) for k in ('snr','snr_ratio','n_spikes','sigma','edge','norm',
-        'stable_rank','effective_rank','ks')}
-
 # %% ../nbs/20_scan.ipynb #00000008
 def map_single_threaded(
     f, # Function of one item
@@ -87,9 +80,9 @@ def _comparable(name, infos, base, role):
     raise ValueError(f"base does not fit: {name} has shape {infos[name].shape}, the base {have}; "
         "pass the checkpoint that the model was fine-tuned from, with the same prefixes")
 
-def _measurable(shape, estimator):
+def _measurable(shape, paper):
     "The paper scores whatever has two dimensions, a single row or column too"
-    return len(shape)>1 and 0 not in shape if estimator.startswith('paper') else is_matrix(shape)
+    return len(shape)>1 and 0 not in shape if paper else is_matrix(shape)
 
 class _Bar(tqdm): monitor_interval = 0 # no thread of its own, so that a merge can fork afterwards
 
@@ -98,28 +91,26 @@ def scan(
     model, # Anything `Checkpoint` opens
     base=None, # The model it was fine-tuned from, likewise
     *,
-    estimator:str='mp', # 'mp', 'paper_nlp', 'paper_vision' or 'spectrum'
+    estimator:str='mp', # A rule of kind 'estimator', see `spectrum`
     of:str=None, # 'weights' or 'update'; by default the update where there is a base
     heads:list=None, # Prefixes of task heads, which the base may lack; None goes by the usual names
     n_workers:int=None, # Layers measured side by side; by default one per core
     progress:bool=True, # Show a progress bar
-) -> pd.DataFrame: # One row per matrix: name, unit, role, shape, snr; for 'mp' more of `Spectrum`
-    "Measure every matrix of a model. Raises what `Checkpoint`, `snr` and `resolve_of` raise"
-    check_estimator(estimator)
+) -> pd.DataFrame: # One row per matrix: name, unit, role, shape, snr, more of `measure`, estimator, of
+    "Measure every matrix of a model. Raises what `Checkpoint`, `measure` and `resolve_of` raise"
+    what = recipe(estimator, 'estimator', 'estimator')
     of,model = resolve_of(of, base),Checkpoint(model)
     base = Checkpoint(base) if of=='update' else None
     infos,units = model.infos,find_units(model.infos, heads, model.aliases)
     names = [k for k,o in infos.items()
-        if o.is_float and _measurable(o.shape, estimator) and k not in model.aliases]
+        if o.is_float and _measurable(o.shape, what.rule.paper) and k not in model.aliases]
     if base: names = [k for k in names if _comparable(k, infos, base, units.role[k])]
     if not names: raise ValueError(f"{model.label} holds no matrix to measure")
     def work(o): return o.numel*min(o.shape[0], o.numel//o.shape[0])
     jobs = sorted(names, key=lambda k: -work(infos[k]))
-    found = map_single_threaded(lambda k: _measure(k, model, base, estimator), jobs,
-        n_workers or n_cores())
+    found = map_single_threaded(
+        lambda k: measure(_matrix(k, model, base), what.text, k), jobs, n_workers or n_cores())
     rows = dict(zip(jobs, _Bar(found, total=len(jobs), desc='scan', unit='layer',
         disable=not progress, leave=False)))
-    res = pd.DataFrame([dict(name=k, unit=units.unit[k], role=units.role[k], shape=infos[k].shape,
-        **rows[k]) for k in names])
-    res.attrs.update(estimator=estimator, of=of, source=model.label)
-    return res
+    return pd.DataFrame([dict(name=k, unit=units.unit[k], role=units.role[k], shape=infos[k].shape,
+        **rows[k], estimator=what.text, of=of) for k in names])

@@ -16,7 +16,7 @@ from random import Random
 from .checkpoint import Checkpoint, content_sha256, sha256
 from .folder import metadata, sealed
 from .plan import Plan, mixture
-from .stream import outputs, plan_rows, run_tasks, tasks, word_sum
+from .stream import outputs, pieces, plan_rows, run_pieces, word_sum
 
 # %% ../nbs/62_verify.ipynb #00000005
 def _manifest(out):
@@ -74,7 +74,7 @@ def _differing(rows, sources, opened, n_workers):
         buf = np.empty(raw.nbytes, 'u1')
         opened[row.name].read_into(row.key, buf, start)
         if not np.array_equal(buf, raw.view('u1')): bad.add(row.name)
-    run_tasks(tasks(rows), sources, compare, n_workers)
+    run_pieces(pieces(rows), sources, compare, n_workers)
     return bad
 
 def _tensor_checks(plan, rows, files, out, sources, told, sample, n_workers):
