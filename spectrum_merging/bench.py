@@ -15,8 +15,9 @@ from io import StringIO
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from .checkpoint import Checkpoint, n_cores
-from .folder import write_json
+from .checkpoint import Checkpoint
+from .files import write_json
+from .parallel import map_single_threaded, n_cores
 
 # %% ../nbs/92_bench.ipynb #00000006
 sizes = {.1: (768, 2048, 8000), 1.5: (2048, 5632, 32000), # GB: hidden, MLP, vocabulary
@@ -126,6 +127,7 @@ t = time.perf_counter()
 merge(plan, models, base, sys.argv[5])
 print(time.perf_counter()-t)"""
 
+# %% ../nbs/92_bench.ipynb #00000010
 def _plans(d, models, base):
     "Plans of the three strategies; which layers pass is random, since only speed is measured"
     from spectrum_merging.plan import make_plan
@@ -161,7 +163,7 @@ def _clear(out):
     if out.is_dir(): shutil.rmtree(out)
     else: out.unlink(missing_ok=True)
 
-# %% ../nbs/92_bench.ipynb #00000010
+# %% ../nbs/92_bench.ipynb #00000011
 def bench_engine(
     gigabytes:float=1.5, # Size of each of the two models, one of `sizes`
     repeats:int=5, # How often each contestant runs, in turn, after one round that is not counted
@@ -191,7 +193,7 @@ def bench_engine(
     return res.assign(to_mergekit=against('linear, mergekit-yaml'),
         to_floor=against('copy floor, 1 thread'))
 
-# %% ../nbs/92_bench.ipynb #00000014
+# %% ../nbs/92_bench.ipynb #00000015
 def bench_memory(
     gigabytes=(.1, 1.5, 6), # Sizes of each of the two models
     folder=None, # Where the files go; a temporary folder by default
@@ -207,7 +209,7 @@ def bench_memory(
                 seconds=t, MiB=mib))
     return pd.DataFrame(rows)
 
-# %% ../nbs/92_bench.ipynb #00000017
+# %% ../nbs/92_bench.ipynb #00000018
 def bert_matrices(
     layers:int=12, # Encoder layers
     hidden:int=768, # Width
@@ -226,7 +228,6 @@ def _svdvals(sd):
     for W in sd.values(): torch.linalg.svdvals(W.double())
 
 def _gram(sd):
-    from spectrum_merging.scan import map_single_threaded
     from spectrum_merging.spectrum import gram_eigs
     list(map_single_threaded(lambda W: gram_eigs(W.double()),
         sorted(sd.values(), key=lambda W: -W.numel()), n_cores()))
@@ -240,7 +241,7 @@ def _weightwatcher(sd):
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         ww.WeightWatcher(model=m).analyze(mp_fit=True, plot=False, randomize=False)
 
-# %% ../nbs/92_bench.ipynb #00000018
+# %% ../nbs/92_bench.ipynb #00000019
 def bench_scan(
     layers:int=12, # Encoder layers
     hidden:int=768, # Width
@@ -265,7 +266,7 @@ def bench_scan(
         slowest=max(v), to_scan=statistics.median(a/b for a,b in zip(v, took['scan'])))
         for k,v in took.items()])
 
-# %% ../nbs/92_bench.ipynb #00000019
+# %% ../nbs/92_bench.ipynb #0000001a
 def bench_scan_memory(
     gigabytes:float=1.5, # Size of the checkpoint, one of `sizes`
     folder=None, # Where the file goes; a temporary folder by default
@@ -279,7 +280,7 @@ def bench_scan_memory(
             gigabytes=sum(o.stat().st_size for o in a.glob('*.safetensors'))/1e9,
             seconds=t, MiB=mib)])
 
-# %% ../nbs/92_bench.ipynb #0000001d
+# %% ../nbs/92_bench.ipynb #0000001e
 def _loader(x):
     "Images as the paper loads them: one PIL image after the other, in batches of 128"
     import torch
@@ -309,6 +310,7 @@ def _plain_sweep(bench, plans):
                 res[label, t] = torch.cat([model(x).argmax(1) for x in _loader(task.test_x)]).numpy()
     return res
 
+# %% ../nbs/92_bench.ipynb #0000001f
 def bench_sweep(
     data=None, # Folder of FashionMNIST/raw, KMNIST/raw; else SPECTRUM_DATA, download, digits
     budget=None, # `Budget`; by default the full one with all test images

@@ -8,13 +8,15 @@ Docs: nbs/60_merge.ipynb"""
 __all__ = ['check_out', 'merge', 'task_state', 'load_task']
 
 # %% ../nbs/60_merge.ipynb #00000002
-import json, numpy as np
+import json
 from pathlib import Path
 from .checkpoint import Checkpoint, file_metadata
+from .files import free_folder
 from .folder import tied, write_folder
-from .plan import Plan, tensor_name
+from .plan import Plan
 from .preflight import name_models, out_problems
 from .stream import pieces, plan_rows, run_pieces
+from .units import head_tasks, task_of, tensor_name
 
 # %% ../nbs/60_merge.ipynb #00000005
 def _in_memory(rows, sources, n_workers):
@@ -31,9 +33,8 @@ def check_out(
     out, # Folder to write
 ):
     "Raise `FileExistsError` or `OSError` where `out` cannot be written"
-    if bad := out_problems(out, 0):
-        raise (FileExistsError if Path(out).exists() else NotADirectoryError)(
-            f"{bad[0][1]}: {bad[0][2]}")
+    free_folder(out)
+    if bad := out_problems(out, 0): raise NotADirectoryError(f"{bad[0][1]}: {bad[0][2]}")
 
 # %% ../nbs/60_merge.ipynb #00000006
 def merge(
@@ -71,11 +72,10 @@ def task_state(
     task:str=None, # Whose head to take
 ) -> dict: # State dict with plain names
     "Shared body and the head of `task`. Raises `KeyError` for an unknown task"
-    tasks = {k.partition('@')[2] for k in merged if '@' in k}
+    tasks = head_tasks(merged)
     if tasks and task not in tasks:
         raise KeyError(f"task is {task!r}: the merge has heads for {', '.join(sorted(tasks))}")
-    return {tensor_name(k): v for k,v in merged.items()
-        if '@' not in k or k.endswith(f'@{task}')}
+    return {tensor_name(k): v for k,v in merged.items() if task_of(k) in (None, task)}
 
 # %% ../nbs/60_merge.ipynb #0000000e
 def load_task(

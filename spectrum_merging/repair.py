@@ -10,6 +10,7 @@ __all__ = ['bn_layers', 'reestimate_bn', 'variance_ratio', 'repair_channels']
 # %% ../nbs/65_repair.ipynb #00000003
 import copy, pandas as pd, torch
 from torch import nn
+from .activations import listed, run_hooked
 
 # %% ../nbs/65_repair.ipynb #00000005
 def bn_layers(
@@ -54,33 +55,27 @@ def _checked(batches):
     if not isinstance(batches, (list, tuple)):
         raise ValueError(f"batches is a {type(batches).__name__} and is read several times: "
             "pass a list of input tensors, for instance list(batches)")
-    if not batches: raise ValueError("batches is empty: pass some unlabelled inputs")
-    for i,x in enumerate(batches):
+    for i,x in enumerate(listed(batches)):
         if len(x) < 2:
             raise ValueError(f"batch {i} holds {len(x)} input(s): statistics need 2 or more")
     return batches
 
 def _points(model, x):
     "`{layer: module behind which it is measured}` in order of execution: its BatchNorm, or itself"
-    calls,hooks = [],[]
-    def watch(k):
-        def f(m, args, y): calls.append((k, m, args, y))
-        return f
-    for k,m in model.named_modules():
-        if not any(True for _ in m.children()): hooks.append(m.register_forward_hook(watch(k)))
-    model(x)
-    for o in hooks: o.remove()
-    res = {}
-    for i,(k,m,_,y) in enumerate(calls):
-        if not isinstance(m, (nn.Conv2d, nn.Linear)): continue
+    leaves = {k: m for k,m in model.named_modules() if not list(m.children())}
+    calls,res = [],{}
+    run_hooked(model, x, leaves, lambda k, entered, left: calls.append((k, entered, left)))
+    for i,(k,_,y) in enumerate(calls):
+        if not isinstance(leaves[k], (nn.Conv2d, nn.Linear)): continue
         if k in res:
             raise ValueError(f"{k} runs twice per input: one correction cannot serve both, "
                 "pass a model that runs each layer once")
-        after = calls[i+1] if i+1<len(calls) else (None,)*4
-        bn = isinstance(after[1], nn.modules.batchnorm._BatchNorm) and after[2][0] is y
-        res[k] = after[0] if bn else k
+        after,entered,_ = calls[i+1] if i+1<len(calls) else (None,)*3
+        bn = isinstance(leaves.get(after), nn.modules.batchnorm._BatchNorm) and entered is y
+        res[k] = after if bn else k
     return res
 
+# %% ../nbs/65_repair.ipynb #0000000e
 def _axis(m): return -1 if isinstance(m, nn.Linear) else 1
 
 class _Moments:
@@ -97,6 +92,7 @@ class _Moments:
 
 def _columns(m, y): return y.movedim(_axis(m), -1).flatten(0, -2).double()
 
+# %% ../nbs/65_repair.ipynb #0000000f
 def _measure(model, points, batches):
     "`{layer: (mean, variance)}` of a model in evaluation mode"
     model,res = copy.deepcopy(model).eval(),{k: _Moments() for k in points}
@@ -129,7 +125,7 @@ def _all_experts(model, experts, points, batches):
                 "pass experts of the model's architecture")
     return {k: tuple(torch.stack([o[k][i] for o in each]) for i in (0, 1)) for k in points}
 
-# %% ../nbs/65_repair.ipynb #0000000e
+# %% ../nbs/65_repair.ipynb #00000010
 @torch.no_grad()
 def variance_ratio(
     model:nn.Module, # Merged
@@ -147,7 +143,8 @@ def variance_ratio(
     table = pd.DataFrame(rows, columns=['layer','channels','merged','experts'])
     return table.assign(ratio=table.merged/table.experts).set_index('layer')
 
-# %% ../nbs/65_repair.ipynb #00000012
+# %% ../nbs/65_repair.ipynb #00000014
+# A channel that hardly varies would be blown up without bound: here by a factor of 316 at most
 _floor = 1e-5 # Least variance of a channel before its correction, relative to its goal
 
 def _towards(mean, std, o):
@@ -180,6 +177,7 @@ def _chosen(points, layers):
             f"choose from {', '.join(points)}")
     return {k: p for k,p in points.items() if k in layers}
 
+# %% ../nbs/65_repair.ipynb #00000015
 @torch.no_grad()
 def repair_channels(
     model:nn.Module, # Merged; left as it is

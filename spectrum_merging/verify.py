@@ -8,12 +8,13 @@ Docs: nbs/62_verify.ipynb"""
 __all__ = ['verify']
 
 # %% ../nbs/62_verify.ipynb #00000003
-import hashlib, json, numpy as np, pandas as pd
+import numpy as np, pandas as pd
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from random import Random
-from .checkpoint import Checkpoint, content_sha256, sha256
+from .checkpoint import Checkpoint, content_sha256
+from .files import read_json, sha256
 from .folder import metadata, sealed
 from .plan import Plan, mixture
 from .stream import outputs, pieces, plan_rows, run_pieces, word_sum
@@ -24,8 +25,7 @@ def _manifest(out):
     if not (Path(out)/'merge.json').is_file():
         raise FileNotFoundError(f"{out} holds no merge.json: "
             "pass a folder that spectrum-merge wrote")
-    try: res = json.loads((Path(out)/'merge.json').read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f"{out}/merge.json is damaged ({e})") from e
+    res = read_json(Path(out)/'merge.json')
     if not isinstance(res, dict) or sealed(res)!=res.get('seal'):
         raise ValueError(f"{out}/merge.json was changed after the merge: its seal does not fit")
     return res
@@ -91,6 +91,7 @@ def _tensor_checks(plan, rows, files, out, sources, told, sample, n_workers):
         yield (where[r.name], r.key, mixture(plan.coefs(table.loc[r.name]), r.op),
             'made again' if r.name in made else 'checksum', ok and r.name not in bad)
 
+# %% ../nbs/62_verify.ipynb #00000007
 def verify(
     out, # Folder written by `merge`
     models:dict=None, # `{name: model}` where they are no longer where they were

@@ -1,8 +1,8 @@
 "Layers are found in running order, their inputs measured, and fitted to what experts compute."
 import pytest, torch, torch.nn.functional as F
 from torch import nn
-from spectrum_merging.activations import (Layer, _patches, _rows, input_grams, layer_order,
-    match_heads, match_layers)
+from spectrum_merging.activations import Layer, input_grams, layer_order, patches
+from spectrum_merging.match import _rows, match_heads, match_layers
 
 def seeded(f, seed):
     with torch.random.fork_rng():
@@ -27,7 +27,7 @@ def test_patches(how):
     m = seeded(lambda: nn.Conv2d(3, 5, **dict(kernel_size=3, bias=False) | how), 0)
     x = images(4)
     with torch.no_grad(): z = m(x)
-    torch.testing.assert_close(_patches(x, m)@m.weight.flatten(1).T, _rows(z), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(patches(x, m)@m.weight.flatten(1).T, _rows(z), atol=1e-5, rtol=1e-5)
 
 def test_layer_order():
     net = seeded(cnn, 0)

@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from spectrum_merging import checkpoint, folder, stream
+from spectrum_merging import files, folder, journal, stream
 from spectrum_merging.arithmetic import Scratch, is_finite, storage, weighted_sum, widen
 from spectrum_merging.checkpoint import Checkpoint
 from spectrum_merging.merge import load_task, merge
@@ -157,7 +157,7 @@ def test_same_bytes_whoever_does_it(tmp_path):
 
 slow = '''
 import sys, time
-from spectrum_merging import checkpoint, folder, stream
+from spectrum_merging import folder, stream
 from spectrum_merging.merge import merge
 from spectrum_merging.plan import make_plan
 stream.TASK, folder.FLUSH = 1<<12, 1<<16
@@ -390,9 +390,9 @@ def test_direct_writes(dtype, tmp_path):
     models = {k: tmp_path/f'{k}.safetensors' for k in 'ab'}
     plan = make_plan('standard', models)
     plain = merge(plan, models, out=tmp_path/'plain')
-    with patch.object(folder, 'DIRECT', 0): direct = merge(plan, models, out=tmp_path/'direct')
+    with patch.object(journal, 'DIRECT', 0): direct = merge(plan, models, out=tmp_path/'direct')
     def refuse(*a): return False
-    with patch.object(folder, 'DIRECT', 0), patch.object(folder._Direct, 'write', refuse):
+    with patch.object(journal, 'DIRECT', 0), patch.object(journal._Direct, 'write', refuse):
         refused = merge(plan, models, out=tmp_path/'refused')
     assert all_bytes(plain)==all_bytes(direct)==all_bytes(refused)
 
@@ -401,14 +401,14 @@ def test_direct_writes(dtype, tmp_path):
 def test_remembered_hashes(tmp_path, monkeypatch):
     "A large file is read once, and again when it changed; a broken memory is no obstacle"
     monkeypatch.setenv('SPECTRUM_CACHE', str(tmp_path/'cache'))
-    monkeypatch.setattr(checkpoint, 'LARGE', 10)
+    monkeypatch.setattr(files, 'LARGE', 10)
     f,old,read = tmp_path/'f',time.time_ns()-10**10,[]
     def write(text):
         f.write_text(text)
         os.utime(f, ns=(old, old+len(text)))
-    real = checkpoint.sha256
-    monkeypatch.setattr(checkpoint, 'sha256', lambda p: (read.append(p), real(p))[1])
-    def sha(): return checkpoint.known_sha256([f])[f]
+    real = files.sha256
+    monkeypatch.setattr(files, 'sha256', lambda p: (read.append(p), real(p))[1])
+    def sha(): return files.known_sha256([f])[f]
     write('a'*20)
     assert sha()==sha()==hashlib.sha256(b'a'*20).hexdigest() and len(read)==1
     write('b'*21)
@@ -425,8 +425,8 @@ def test_hub_files_name_their_hash(tmp_path):
     blob = tmp_path/('ab'*32)
     blob.write_text('not read')
     (tmp_path/'model.safetensors').symlink_to(blob)
-    assert checkpoint.sha256(tmp_path/'model.safetensors')=='ab'*32
-    assert checkpoint.sha256(blob)==hashlib.sha256(b'not read').hexdigest()
+    assert files.sha256(tmp_path/'model.safetensors')=='ab'*32
+    assert files.sha256(blob)==hashlib.sha256(b'not read').hexdigest()
 
 def test_hub_revision(tmp_path, monkeypatch):
     "A hub id is written down with its revision, and opened again at that one"
