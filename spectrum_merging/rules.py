@@ -90,6 +90,7 @@ class Rule:
     entrywise:bool=False # Of a 'matrix' rule: whether vectors can take it, too
     homogeneous:bool=False # Of a 'matrix' rule: f(c·updates) = c·f(updates) for c > 0
     paper:str='' # Of an 'estimator': the paper's notebook that it is from, 'text' or 'images'
+    gives_heads:bool=False # Of a 'repair': whether heads of its own come out
     version:int=1 # To be raised by hand when its results change, so that nobody reuses old ones
 
     def __post_init__(self): object.__setattr__(self, 'base', self.base or self.adds)
@@ -182,6 +183,11 @@ class Recipe:
         return f'{self.rule.name}({words})' if words else self.rule.name
     @property
     def version(self): return self.rule.version
+    @property
+    def all_settings(self):
+        "Those that were given, and the defaults of the others"
+        form = signature(self.rule.f).parameters
+        return {k: self.settings.get(k, form[k].default) for k in self.rule.settings}
     def __call__(self, **inputs): # At least what the rule asks for
         return self.rule.f(**{k: inputs[k] for k in self.rule.inputs}, **self.settings)
 
