@@ -59,7 +59,7 @@ def atomic(
 def atomic_folder(
     path, # Folder to make; an empty one may be there
 ):
-    "A new folder beside `path` to write to; it gets that name if nothing goes wrong. Raises `FileExistsError`"
+    "A new folder beside `path`; it takes its place if nothing goes wrong. Raises `FileExistsError`"
     path = free_folder(path).absolute()
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     shutil.rmtree(tmp, ignore_errors=True) # left by a process of this number that was killed

@@ -106,7 +106,8 @@ def _targets(model, batches, names, masks, limit=_held):
         if j+1<len(names) and sum(map(size.get, group))+size[names[j+1]] <= limit: continue
         found = {o: [] for o in group}
         for x,mask in zip(batches, masks):
-            run_hooked(model, x, group, lambda k, x, out: found[k].append(_counted(out, mask).clone()), group[-1])
+            run_hooked(model, x, group,
+                lambda k, x, out: found[k].append(_counted(out, mask).clone()), group[-1])
         for o in group: yield torch.cat(found.pop(o))
         group = []
 
@@ -125,11 +126,13 @@ def _halves(x, z, m, most, mask=None):
     if mask is not None and mask.shape==x.shape[:-1]:
         # positions of one sequence are alike: take more of them than of an image's patches
         at,most = int(mask[:half].sum()),max(most, 1<<14)
-        pairs = [(x[:half][mask[:half]].float(), z[:at].float()), (x[half:][mask[half:]].float(), z[at:].float())]
+        pairs = [(x[:half][mask[:half]].float(), z[:at].float()),
+            (x[half:][mask[half:]].float(), z[at:].float())]
     else:
         # of patches, which take much memory, only four times as many are made as are then drawn
         few = max(1, 4*most//(z[0].numel()//len(m.weight)))
-        pairs = [(patches(a[:few], m), _rows(b[:few])) for a,b in ((x[:half], z[:half]), (x[half:], z[half:]))]
+        pairs = [(patches(a[:few], m), _rows(b[:few]))
+            for a,b in ((x[:half], z[:half]), (x[half:], z[half:]))]
     res = []
     for p,q in pairs:
         ix = torch.randperm(len(p), generator=g)[:most].sort().values.to(p.device)
@@ -285,5 +288,6 @@ def match_heads(
     if none := [t for t in layers if not layers[t]]:
         raise ValueError(f"the expert of {none[0]} runs no linear layer in a head: name its head in `heads`")
     with evaluating(*experts.values()):
-        for t,e in experts.items(): _fit_head(models[t], e, batches[t], layers[t], (masks or {}).get(t), ridge)
+        for t,e in experts.items():
+            _fit_head(models[t], e, batches[t], layers[t], (masks or {}).get(t), ridge)
     return {t: _finished(models[t], e, {}) for t,e in experts.items()}

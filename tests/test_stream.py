@@ -500,6 +500,19 @@ def test_verify_command(tmp_path):
     assert bad.returncode and 'checks failed' in bad.stderr and 'Traceback' not in bad.stderr
     assert 'no merge.json' in run(tmp_path).stderr
 
+frozen = Path(__file__).parent/'frozen'/'folder_0_1_0' # written by 0.1.0 before its rooms were moved
+
+@pytest.mark.parametrize('kind', ['ties', 'snr_winner'])
+def test_folders_stay_verifiable(kind, tmp_path):
+    "What was written once verifies for good, and the same plan still makes the same bytes"
+    models,base = {m: frozen/f'{m}.safetensors' for m in ('cat','dog')},frozen/'base.safetensors'
+    told = json.loads((frozen/kind/'merge.json').read_text())
+    found = verify(frozen/kind, models, base if 'base' in told['inputs'] else None, all=True)
+    assert found.ok.all() and set(found.check)=={'sha256','digest','header','made again'}
+    again = merge(Plan.load(frozen/kind/'plan.csv'), models, base, tmp_path/kind, dtype=told['dtype'])
+    for o in [*again.rglob('*.safetensors'), again/'plan.csv']:
+        assert o.read_bytes()==(frozen/kind/o.relative_to(again)).read_bytes()
+
 def test_small_memory(tmp_path):
     "Peak memory of the command is small and does not grow with the model"
     peak = {}
