@@ -495,8 +495,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'spectrum_merging/lab/images.py'),
                                              'spectrum_merging.lab.images.predict': ( 'lab/images.html#predict',
                                                                                       'spectrum_merging/lab/images.py'),
-                                             'spectrum_merging.lab.images.prepare': ( 'lab/images.html#prepare',
-                                                                                      'spectrum_merging/lab/images.py'),
                                              'spectrum_merging.lab.images.train': ( 'lab/images.html#train',
                                                                                     'spectrum_merging/lab/images.py')},
             'spectrum_merging.lab.inside': { 'spectrum_merging.lab.inside.barrier_rows': ( 'lab/inside.html#barrier_rows',

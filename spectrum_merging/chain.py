@@ -48,8 +48,9 @@ def channels(models, experts, batches, mixed, heads, statistics='per task'):
 @rule('repair', dict(statistics=_statistics, ridge=_ridge))
 def match(models, experts, batches, masks, heads, statistics='shared', ridge=.03):
     "Layers fitted to the experts' activations, from the first model's weights (see `match_layers`)"
-    return match_layers(next(iter(models.values())), experts, batches, statistics=statistics, ridge=ridge,
+    found = match_layers(next(iter(models.values())), experts, batches, statistics=statistics, ridge=ridge,
         masks=masks, heads=heads)
+    return {t: with_body(m, found[t], heads) for t,m in models.items()}
 
 @rule('repair', dict(ridge=_ridge), gives_heads=True)
 def refit(models, experts, batches, masks, heads, ridge=.01):

@@ -18,11 +18,11 @@ from ..align import align
 from ..evaluate import bootstrap, majority, score, score_rows
 from ..files import atomic, cache_dir, digest
 from .training import Base, Kind, fast
-from ..merge import merge
+from ..merge import merge, task_state
 from ..plan import Plan, make_plan
 from ..rules import recipe
 from ..scan import scan
-from ..units import head_name, is_head, split_heads, task_of, tensor_name
+from ..units import head_name, head_tasks, is_head
 from .. import chain
 
 # %% ../../nbs/lab/30_merges.ipynb #00000006
@@ -226,8 +226,8 @@ def states(self:Lab,
     if merged.steps:
         # Fitting takes the longest of all, and several parts look at the same fitted networks.
         return self.remembered(self.repaired, 8, str(merged.key), lambda: self._repair(merged))
-    body,heads = split_heads(self.weights(merged))
-    return {t: {k: heads.get(t, {}).get(k, body.get(k, v)) for k,v in sd.items()} for t,sd in self.experts.items()}
+    found = self.weights(merged)
+    return {t: sd | {k: v for k,v in task_state(found, t).items() if k in sd} for t,sd in self.experts.items()}
 
 @patch
 def _repair(self:Lab, merged):
@@ -286,7 +286,7 @@ def heads(self:Lab,
     res = own | ({'averaged': {k: sum(h[k] for h in own.values())/len(own) for k in first}}
         if _same_shapes(own.values()) else {})
     mine = {k: v for k,v in state.items() if is_head(k)}
-    if isinstance(plan, Plan) and not any(task_of(k) for k in plan.table.name):
+    if isinstance(plan, Plan) and not head_tasks(plan.table.name):
         return res | dict(merged=mine)
     return res | {task: mine}
 
