@@ -76,9 +76,9 @@ def test_no_data_no_hub(monkeypatch, capsys):
 def test_held_out_is_apart(tasks):
     for t in tasks.values():
         t = t.limit(100)
-        a,b = t.hold_out(),t.hold_out(5)
+        a,b = t.hold_out(share=20, shuffle=True),t.hold_out(5, 20, True)
         assert (len(a.x), len(a.held_x), len(b.held_x))==(95, 5, 5)
-        assert sorted(a.x+a.held_x)==sorted(t.x) and a.held_x==t.hold_out().held_x
+        assert sorted(a.x+a.held_x)==sorted(t.x) and a.held_x==t.hold_out(share=20, shuffle=True).held_x
         found = list(zip(a.x+a.held_x, np.r_[a.y, a.held_y]))
         assert sorted(found)==sorted(zip(t.x, t.y))
 
@@ -123,7 +123,7 @@ long = '''
 import sys
 from spectrum_merging.lab.tasks import generated_texts
 from spectrum_merging.lab.texts import *
-b = TextBudget(steps=900, max_epochs=90, lr=1e-3, batch=32)
+b = TextBudget(steps=400, max_epochs=40, lr=1e-3, batch=32)
 t = generated_texts(['SST-2'])['praise'].limit(320)
 print(text_expert(t, tiny_base(sys.argv[1]), b, 0, sys.argv[1], False))
 '''
