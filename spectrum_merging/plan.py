@@ -17,7 +17,7 @@ from pathlib import Path
 from . import __version__, operations # whose rules add themselves
 from .checkpoint import atomic
 from .preflight import name_models, preflight, row_columns
-from .rules import Recipe, recipe
+from .rules import Recipe, recipe, rules
 from .strategies import check_cut, cut_value
 from .units import is_head
 
@@ -275,20 +275,21 @@ def check_options(
 ):
     "Raise `ValueError` for options that a rule has no use for or that do not go together"
     r,looks,cuts = what.rule,what.rule.asks('snr', 'hi'),what.rule.asks('hi')
+    check_cut(options.get('threshold'), options.get('top'))
     if protocol not in ('unit', 'paper'):
         raise ValueError(f"protocol is {protocol!r}: choose 'unit' or 'paper'")
     if n_models<2: raise ValueError(f"{n_models} model(s) given: a merge needs 2 or more")
     if r.two_only and n_models!=2:
+        others = [repr(k) for k,o in rules.items() if o.inputs==r.inputs and not o.two_only]
         raise ValueError(f"strategy {r.name!r} tells model A from model B and is defined for 2 models, "
-            f"not {n_models}")
+            f"not {n_models}; for more use {' or '.join(others)}")
     if r.base and base is None:
         raise ValueError(f"strategy {r.name!r} adds updates to the base: pass base=" if r.adds else
             f"strategy {r.name!r} falls back to the base model and none was given: pass base=")
     useful = dict(scale=r.scaled, estimator=looks, of=looks, threshold=cuts, top=cuts)
     unused = [k for k,v in options.items() if v is not None and not useful[k]]
     if protocol=='paper' and r.scaled: unused.append('protocol')
-    if unused: raise ValueError(f"strategy {r.name!r} has no use for {unused[0]}: leave it out")
-    check_cut(options.get('threshold'), options.get('top'))
+    if unused: raise ValueError(f"strategy {r.name!r} has no use for {unused[0]!r}: leave it out")
     if (scale := options.get('scale')) is not None and not np.isfinite(scale):
         raise ValueError(f"scale is {scale}: pass a finite number")
     if protocol=='paper' and n_models!=2:

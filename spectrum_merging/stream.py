@@ -287,7 +287,7 @@ def _threads(todo, sources, write, n, done):
     "Run pieces in `n` threads"
     local = _Local(BLOCK)
     with ThreadPoolExecutor(n) as pool:
-        futures = {pool.submit(_run_task, t, sources, write, local): t for t in todo}
+        futures = {pool.submit(_run_piece, t, sources, write, local): t for t in todo}
         try:
             for f in as_completed(futures): done(futures[f], f.result())
         except BaseException:
