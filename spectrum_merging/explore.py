@@ -26,7 +26,8 @@ _taken = 'unit','passes','base'
 
 def _usable(n):
     "Names of the strategies that are defined for `n` models"
-    return [k for k,o in rules.items() if o.kind=='layer' and not o.adds and (n==2 or not o.two_only)]
+    return [k for k,o in rules.items()
+        if o.kind=='layer' and not o.adds and (n==2 or not o.two_only)]
 
 def _layer_snrs(scans):
     "(K, N) SNR per layer, heads left out. Raises `ValueError` where scans do not fit together"
@@ -49,7 +50,8 @@ def decide(
     "SNRs and merge coefficients of each layer. Raises `ValueError`"
     what = recipe(strategy, 'layer', 'strategy')
     check_options(what, len(scans), True, top=top if what.rule.asks('hi') else None)
-    if what.rule.adds: raise ValueError(f"{strategy} adds updates: choose one of {', '.join(_usable(len(scans)))}")
+    if what.rule.adds:
+        raise ValueError(f"{strategy} adds updates: choose one of {', '.join(_usable(len(scans)))}")
     s = _layer_snrs(scans)
     coefs,cut = decide_layers(what, list(s.index), list(s), s, top=top).coefs,layer_cut(s, top=top)
     table = pd.concat([s.add_prefix('snr_'), (s.max(axis=1)>cut).rename('passes'), coefs], axis=1)

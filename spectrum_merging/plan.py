@@ -17,7 +17,7 @@ from pathlib import Path
 from . import __version__, operations # whose rules add themselves
 from .checkpoint import atomic
 from .preflight import name_models, preflight, row_columns
-from .rules import Recipe, recipe
+from .rules import Recipe, recipe, rules
 from .strategies import check_cut, cut_value
 from .units import is_head
 
@@ -223,7 +223,7 @@ def decide_layers(
     return Decision(coefs, pd.Series(reasons, layers, dtype=str), rest, one or (
         'not decided by the paper' if paper else 'no matrix in this unit'), snrs, passes, cut)
 
-# %% ../nbs/40_plan.ipynb #00000011
+# %% ../nbs/40_plan.ipynb #00000013
 def _kept(row, models):
     "Rows of a head, one per task, or of integers, which are the same in every model"
     def only(m): return {'base': 0.} | {o: float(o==m) for o in models}
@@ -263,7 +263,7 @@ def plan_table(
     table = pd.DataFrame(rows).reindex(columns=columns)
     return table.assign(passes=pd.array(table.passes.tolist(), dtype='boolean'))
 
-# %% ../nbs/40_plan.ipynb #00000014
+# %% ../nbs/40_plan.ipynb #00000016
 def check_options(
     what:Recipe, # From `recipe`
     n_models:int, # How many models are merged
@@ -275,20 +275,21 @@ def check_options(
 ):
     "Raise `ValueError` for options that a rule has no use for or that do not go together"
     r,looks,cuts = what.rule,what.rule.asks('snr', 'hi'),what.rule.asks('hi')
+    check_cut(options.get('threshold'), options.get('top'))
     if protocol not in ('unit', 'paper'):
         raise ValueError(f"protocol is {protocol!r}: choose 'unit' or 'paper'")
     if n_models<2: raise ValueError(f"{n_models} model(s) given: a merge needs 2 or more")
     if r.two_only and n_models!=2:
+        others = [repr(k) for k,o in rules.items() if o.inputs==r.inputs and not o.two_only]
         raise ValueError(f"strategy {r.name!r} tells model A from model B and is defined for 2 models, "
-            f"not {n_models}")
+            f"not {n_models}; for more use {' or '.join(others)}")
     if r.base and base is None:
         raise ValueError(f"strategy {r.name!r} adds updates to the base: pass base=" if r.adds else
             f"strategy {r.name!r} falls back to the base model and none was given: pass base=")
     useful = dict(scale=r.scaled, estimator=looks, of=looks, threshold=cuts, top=cuts)
     unused = [k for k,v in options.items() if v is not None and not useful[k]]
     if protocol=='paper' and r.scaled: unused.append('protocol')
-    if unused: raise ValueError(f"strategy {r.name!r} has no use for {unused[0]}: leave it out")
-    check_cut(options.get('threshold'), options.get('top'))
+    if unused: raise ValueError(f"strategy {r.name!r} has no use for {unused[0]!r}: leave it out")
     if (scale := options.get('scale')) is not None and not np.isfinite(scale):
         raise ValueError(f"scale is {scale}: pass a finite number")
     if protocol=='paper' and n_models!=2:
@@ -298,7 +299,7 @@ def check_options(
         raise ValueError(f"protocol='paper' averages heads, but heads={heads}: "
             "use protocol='unit' to keep them")
 
-# %% ../nbs/40_plan.ipynb #00000017
+# %% ../nbs/40_plan.ipynb #00000019
 def _layers(what, models, base, units, paper, estimator, of, scans, progress):
     "Names of the layers that a rule decides, and their SNRs where it looks at them"
     r,first = what.rule,next(iter(models.values()))
@@ -319,7 +320,7 @@ def _note(what, scale, estimator, of, threshold, top, cut):
         dict(threshold=threshold) if threshold is not None else dict(top=50 if top is None else top))
     return res
 
-# %% ../nbs/40_plan.ipynb #00000018
+# %% ../nbs/40_plan.ipynb #0000001a
 def make_plan(
     strategy:str, # A rule of kind 'layer' or 'matrix': 'snr_winner', 'lines(slope=1)', 'tsv_m' …
     models, # List of models, or `{task: model}`; each anything `Checkpoint` opens
@@ -365,7 +366,7 @@ def make_plan(
     return Plan(table, dict(models=names, strategy=what.text, protocol=protocol, version=__version__)
         | _note(what, scale, estimator, of, threshold, top, said and said.cut))
 
-# %% ../nbs/40_plan.ipynb #00000021
+# %% ../nbs/40_plan.ipynb #00000023
 @patch
 def explain(
     self:Plan,
@@ -381,7 +382,7 @@ def explain(
     return '\n'.join([how] + [f"{r['name']} ({r['role']} of {r['unit']}): "
         f"{mixture(self.coefs(r), r['op'])} ({r['reason']})" for _,r in rows.iterrows()])
 
-# %% ../nbs/40_plan.ipynb #00000022
+# %% ../nbs/40_plan.ipynb #00000024
 @patch
 def diff(
     self:Plan,
@@ -400,7 +401,7 @@ def diff(
 def _key(coefs): return tuple((k, v) for k,v in coefs.items() if v)
 def _words(key): return 'absent' if key is None else mixture(dict(key[0]), key[1])
 
-# %% ../nbs/40_plan.ipynb #00000026
+# %% ../nbs/40_plan.ipynb #00000028
 @patch
 def save(
     self:Plan,
@@ -422,7 +423,7 @@ def _number(s):
 
 _flags = {'true': True, 'false': False}
 
-# %% ../nbs/40_plan.ipynb #00000027
+# %% ../nbs/40_plan.ipynb #00000029
 @patch(cls_method=True)
 def load(
     cls:Plan,

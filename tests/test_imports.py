@@ -2,8 +2,8 @@
 import os, subprocess, sys
 from pathlib import Path
 
-core = ('arithmetic','spectrum','checkpoint','units','scan','strategies','plan','interop','stream','folder',
-    'merge','verify')
+core = ('arithmetic','rules','spectrum','checkpoint','units','scan','strategies','operations','preflight','plan',
+    'interop','stream','folder','merge','verify')
 heavy = 'torch','transformers','datasets','torchvision','matplotlib' # torch alone: 2 s and 500 MB
 
 def test_core_is_light():
