@@ -14,9 +14,8 @@ from functools import partial
 from itertools import product
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
-from ..checkpoint import n_cores
 from .training import device, has_bf16
-from ..scan import map_single_threaded
+from ..parallel import map_single_threaded, n_cores
 
 # %% ../../nbs/lab/15_convolutions.ipynb #00000006
 def standard(
