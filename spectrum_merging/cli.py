@@ -41,7 +41,8 @@ def scan_cli(
     df = scan(model, base, estimator=estimator, of=of, n_workers=workers,
         progress=sys.stderr.isatty())
     if out: df.to_csv(out, index=False)
-    else: print(df.drop(columns=['unit','estimator','of']).to_string(index=False, float_format='{:.4g}'.format))
+    else: print(df.drop(columns=['unit','estimator','of']).to_string(index=False,
+        float_format='{:.4g}'.format))
 
 # %% ../nbs/95_cli.ipynb #0000000a
 def _named(models):
@@ -67,6 +68,7 @@ def _summary(plan):
     mixtures = plan.table.apply(lambda r: mixture(plan.coefs(r), r['op']), axis=1)
     return mixtures.value_counts().rename('tensors').to_string()
 
+# %% ../nbs/95_cli.ipynb #0000000b
 @call_parse
 @_says_errors
 def merge_cli(
@@ -104,7 +106,7 @@ def merge_cli(
         raise CliError("interrupted; the same command continues where it stopped") from e
     print(f'{_summary(table)}\nwritten to {out}; the decision for each tensor is in {out}/plan.csv')
 
-# %% ../nbs/95_cli.ipynb #0000000f
+# %% ../nbs/95_cli.ipynb #00000010
 @call_parse
 @_says_errors
 def verify_cli(
@@ -129,7 +131,7 @@ def verify_cli(
     print(f"{out} is what it says: {len(again)} of {(df.tensor!='').sum()} tensors made again, "
         f"all checksums and hashes agree")
 
-# %% ../nbs/95_cli.ipynb #00000012
+# %% ../nbs/95_cli.ipynb #00000013
 @call_parse
 @_says_errors
 def bench_cli(
@@ -158,7 +160,7 @@ def bench_cli(
             Path(out).mkdir(exist_ok=True)
             df.to_csv(Path(out)/f'{k}.csv', index=False)
 
-# %% ../nbs/95_cli.ipynb #00000014
+# %% ../nbs/95_cli.ipynb #00000015
 _experiments = {'sst2-emotion': ('SST-2','Emotion'), 'sst2-cola': ('SST-2','CoLA')}
 
 def _run_one(experiment, data, out, quick, base, experts, **how):
@@ -211,7 +213,7 @@ def run_cli(
             for title,df in found.items(): print(f'\n{title}\n{df.to_string(index=False)}')
     print(f'\nResults and figures are in {out}')
 
-# %% ../nbs/95_cli.ipynb #00000017
+# %% ../nbs/95_cli.ipynb #00000018
 @call_parse
 @_says_errors
 def explore_cli(

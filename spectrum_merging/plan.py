@@ -353,7 +353,8 @@ def make_plan(
         if not layers and r.asks('snr', 'hi', 'scale'):
             raise ValueError("no layer is left to decide: all matrices belong to heads, or there is none; "
                 "see find_units")
-        said = decide_layers(what, layers, names, snrs, scale=scale, threshold=threshold, top=top, paper=paper)
+        said = decide_layers(what, layers, names, snrs, scale=scale, threshold=threshold, top=top,
+            paper=paper)
     leader = {k: first.aliases.get(k, k) for k in units.index} if paper else None
     table = plan_table(units, first.infos, names, what, said, scale, leader)
     return Plan(table, dict(models=names, strategy=what.text, protocol=protocol, version=__version__)
