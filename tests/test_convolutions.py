@@ -1,6 +1,7 @@
 "Small convolutions as matrices compute what torch's do: outputs, gradients, training, resumed or not."
 import copy, pickle, pytest, torch, torch.nn.functional as F
 from torch import nn
+from spectrum_merging.lab import convolutions
 from spectrum_merging.lab.convolutions import (Folded, fast_convolutions, logits_together, prepare,
     resnet18)
 
@@ -45,6 +46,13 @@ def test_others_stay(how):
     with fast_convolutions(conv, on=True):
         assert 'forward' not in vars(conv)
         assert conv(x).equal(want)
+
+def test_off_where_bf16_is_native(monkeypatch):
+    "By default it is on exactly where the hardware has no bf16"
+    conv = nn.Conv2d(3, 3, 3)
+    for native in (True, False):
+        monkeypatch.setattr(convolutions, 'has_bf16', lambda: native)
+        with fast_convolutions(conv): assert ('forward' in vars(conv))!=native
 
 def test_large_outputs_stay():
     "Where no output is small nothing changes; a single image without a batch is torch's, too"
@@ -105,8 +113,9 @@ def test_nothing_is_left_behind():
         with fast_convolutions(net, on=True): pass
         assert swapped()==20
         twin = copy.deepcopy(net)
-        with torch.no_grad(): twin.layer4[1].conv2.weight.zero_()
-        assert net.layer4[1].conv2.weight.any()
+        conv = twin.layer4[1].conv2
+        with torch.no_grad(): conv.weight.zero_()
+        assert not conv(torch.ones(1, 64, 1, 1)).any() # a copy computes with its own weights
         raise KeyError
     assert swapped()==0 and now()==before
     pickle.dumps(net)

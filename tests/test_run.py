@@ -7,8 +7,7 @@ from spectrum_merging import run
 from spectrum_merging.evaluate import control_scans, controls, holm, mcnemar, shapley
 from spectrum_merging.run import (Bench, Weights, _calibrate, _joint, attribution, figures,
     run_vision, tables)
-from spectrum_merging.vision import (Budget, Folded, digits_tasks, make_base, make_experts,
-    prepare, resnet18)
+from spectrum_merging.vision import Budget, digits_tasks, make_base, make_experts
 
 tiny = Budget(base_epochs=1, expert_steps=30, max_epochs=3, lr=.05, batch=64, train=320, test=100,
     calibration=64)
