@@ -50,20 +50,20 @@ def test_range():
 def test_settings():
     "Defaults are the function's, words stand without quotes, the order is the function's"
     @rule('repair', dict(statistics=Choice(('shared', 'per task')), ridge=Range(0, 1, 'a ridge')))
-    def refit(models, batches, statistics='shared', ridge=.1, rounds=3): return statistics,ridge,rounds
-    what = recipe('refit(rounds=7, statistics = per task)', 'repair')
-    assert what.text=='refit(statistics=per task, rounds=7)' and recipe(what.text).settings==what.settings
-    assert what(models=1, batches=2, experts=3)==('per task', .1, 7) and recipe('refit')(models=1, batches=2)==('shared', .1, 3)
-    assert rules['refit'].inputs==('models', 'batches') and list(rules['refit'].settings)==['statistics', 'ridge', 'rounds']
-    for text,words in (('refit(statistics=mine)', "statistics is 'mine': choose one of 'shared', 'per task'"),
-            ('refit(rounds=1.5)', 'not an integer'), ('refit(ridge=2)', 'refit(ridge=2): ridge is 2.0: pass a ridge'),
-            ('refit(models=2)', "no setting 'models': it takes statistics, ridge, rounds"), ('refit(ridge)', "ridge is ''"),
-            ('refit(ridge=.1, ridge=.1)', 'gives ridge twice'), ('refit(', 'is unknown')):
+    def redo(models, batches, statistics='shared', ridge=.1, rounds=3): return statistics,ridge,rounds
+    what = recipe('redo(rounds=7, statistics = per task)', 'repair')
+    assert what.text=='redo(statistics=per task, rounds=7)' and recipe(what.text).settings==what.settings
+    assert what(models=1, batches=2, experts=3)==('per task', .1, 7) and recipe('redo')(models=1, batches=2)==('shared', .1, 3)
+    assert rules['redo'].inputs==('models', 'batches') and list(rules['redo'].settings)==['statistics', 'ridge', 'rounds']
+    for text,words in (('redo(statistics=mine)', "statistics is 'mine': choose one of 'shared', 'per task'"),
+            ('redo(rounds=1.5)', 'not an integer'), ('redo(ridge=2)', 'redo(ridge=2): ridge is 2.0: pass a ridge'),
+            ('redo(models=2)', "no setting 'models': it takes statistics, ridge, rounds"), ('redo(ridge)', "ridge is ''"),
+            ('redo(ridge=.1, ridge=.1)', 'gives ridge twice'), ('redo(', 'is unknown')):
         with pytest.raises(ValueError) as e: recipe(text)
         assert words in str(e.value)
     for kw,words in ((dict(statistics='mine'), 'choose one of'), (dict(ridge=-1), 'ridge is -1')): # called directly, too
-        with pytest.raises(ValueError, match=words): refit(1, 2, **kw)
-    with pytest.raises(ValueError, match='ridge is -1'): refit(1, 2, 'shared', -1)
+        with pytest.raises(ValueError, match=words): redo(1, 2, **kw)
+    with pytest.raises(ValueError, match='ridge is -1'): redo(1, 2, 'shared', -1)
 
 def test_none_is_not_set():
     @rule('matrix', dict(part=Range(0, 1, 'a part')))

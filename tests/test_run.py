@@ -7,8 +7,7 @@ from spectrum_merging import run
 from spectrum_merging.evaluate import control_scans, controls, holm, mcnemar, shapley
 from spectrum_merging.run import (Bench, Weights, _calibrate, _joint, attribution, figures,
     run_vision, tables)
-from spectrum_merging.vision import (Budget, Folded, digits_tasks, make_base, make_experts,
-    prepare, resnet18)
+from spectrum_merging.vision import Budget, digits_tasks, make_base, make_experts
 
 tiny = Budget(base_epochs=1, expert_steps=30, max_epochs=3, lr=.05, batch=64, train=320, test=100,
     calibration=64)
@@ -113,22 +112,6 @@ def test_kill_and_continue(results, cache, tmp_path):
     again = tiny_run(tmp_path/'cache', ['paper','grid'], tmp_path/'out', chosen={}).rows
     want = results[0].rows.query('seed==0 and table in ["reference","paper","grid"]')
     assert np.allclose(again.accuracy, want.accuracy, atol=.05) # rounding may differ
-
-@pytest.mark.parametrize('seed', range(3))
-def test_folded_network(seed):
-    "BatchNorm folded, kernels as matrices: the same logits as torchvision's network"
-    g = torch.Generator().manual_seed(seed)
-    net = resnet18(7, seed=seed).eval()
-    sd = {k: (torch.rand(v.shape, generator=g)+.5 if k.endswith(('running_var','.weight')) and v.dim()==1
-        else .1*torch.randn(v.shape, generator=g) if v.dim()==1 else v)
-        for k,v in net.state_dict().items()}
-    net.load_state_dict(sd)
-    x = torch.randint(0, 256, (20, 1, 32, 32), generator=g, dtype=torch.uint8)
-    with torch.inference_mode(): want = net(prepare(x)).cpu()
-    got = Folded(sd, dict(a=(sd['fc.weight'], sd['fc.bias'])), fast=False)(x)['a']
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4*want.abs().max().item())
-    near = Folded(sd, dict(a=(sd['fc.weight'], sd['fc.bias'])))(x)['a']
-    assert (near-want).abs().max() < .05*want.abs().max()
 
 big = '''
 import sys
