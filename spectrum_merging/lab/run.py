@@ -134,6 +134,18 @@ class _Steps:
 # Training an expert, and choosing settings, in the units of `Part.cost`.
 _expert_cost,_choice_cost = 25,60
 
+def _named(one):
+    "An experiment by its name, or itself. Raises `ValueError`"
+    if not isinstance(one, str): return one
+    if one not in experiments: raise ValueError(f"experiment {one!r} is unknown: choose one of {', '.join(experiments)}")
+    return experiments[one]
+
+def _budget(one, budget):
+    "A budget by its name, or itself. Raises `ValueError`"
+    if not isinstance(budget, str): return budget
+    if budget not in one.budgets: raise ValueError(f"budget is {budget!r}: {one.name} has {', '.join(one.budgets)}")
+    return one.budgets[budget]
+
 def _check(one, seeds, experts, parts):
     "Raise `ValueError` for what does not go together"
     if seeds<1: raise ValueError(f"seeds is {seeds}: pass 1 or more")
@@ -179,11 +191,11 @@ def run(
     show:Callable=None, # Called with title and table as soon as a table of the first seed is there
 ) -> Results:
     "Experts trained, scanned, merged, repaired, scored. Raises what the kind raises, `ValueError`, `FileExistsError`"
-    one = experiments[one] if isinstance(one, str) else one
+    one = _named(one)
     names = list(parts if parts is not None else one.quick if budget=='quick' and one.quick else one.part_names())
     _check(one, seeds, experts, names)
     out = None if out is False else new_folder(out, one.name)
-    effort = one.budgets[budget] if isinstance(budget, str) else budget
+    effort = _budget(one, budget)
     todo = [o for o in one.parts if o.rows and (o.name in names or o.name=='reference')]
     pair,three = _tasks(one, tasks, root, cache, any(o.wide for o in todo) and not experts)
     todo = [o for o in todo if three or not o.wide]
@@ -195,7 +207,7 @@ def run(
     start = step('base', _expert_cost, lambda: base if isinstance(base, Base) else
         one.kind.find_base(limited, effort, base, seed, cache, progress))
     if not experts: step('experts', _expert_cost*len(jobs), one.kind.train, jobs, start, cache, progress)
-    wide,shown = None,set()
+    wide,shown = None,{}
     for s in span:
         lab,third = Lab(one.kind, pair, effort, start, s, cache, progress, experts),None
         if s==seed: scans = _scans(lab)
@@ -237,7 +249,7 @@ def _about(one, start, effort, tasks, span, chosen, wide, began, took):
         seeds=list(span), chosen=chosen, chosen_for_three=wide or {}, **_machine())
 
 def _show(one, results, show, shown):
-    "Show tables that are new"
+    "Show tables that are new, or that say more now"
     for title,df in results.tables(one).items():
-        if title not in shown: show(title, df)
-        shown.add(title)
+        if title not in shown or not df.equals(shown[title]): show(title, df)
+        shown[title] = df
