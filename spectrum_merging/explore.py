@@ -296,17 +296,12 @@ def read_folder(
 ) -> tuple[dict, pd.DataFrame, dict]: # scans, rows, experts of `MergePanel`
     "What a panel needs, from results.csv and scans/. Raises `FileNotFoundError`, `ValueError`"
     folder = Path(folder)
-    rows,experts = _read(folder/'results.csv', _grid)
-    index = folder/'scans/index.json'
-    files = _read(index, lambda p: json.loads(p.read_text(encoding='utf-8')))
-    ok = isinstance(files, dict) and files and all(isinstance(o, dict) and set(o)==set(experts)
-        and all(str(f)==Path(str(f)).name for f in o.values()) for o in files.values())
-    if not ok:
-        raise ValueError(f"{index} does not name one file per task ({', '.join(experts)}) "
+    rows,experts = read_file(folder/'results.csv', _grid)
+    scans = {of: o for of,o in read_scans(folder).items() if of in ('weights','update')}
+    if not scans or any(set(o)!=set(experts) for o in scans.values()):
+        raise ValueError(f"{folder/'scans/index.json'} does not name one file per task ({', '.join(experts)}) "
             "for weights or update")
-    scans = {of: {t: _read(index.parent/o[t], _scan_table) for t in experts}
-        for of,o in files.items()}
-    return {of: {t: df.assign(of=of) for t,df in o.items()} for of,o in scans.items()},rows,experts
+    return {of: {t: o[t].assign(of=of) for t in experts} for of,o in scans.items()},rows,experts
 
 # %% ../nbs/90_explore.ipynb #0000002a
 @patch(cls_method=True)
