@@ -735,6 +735,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'spectrum_merging/lab/run.py'),
                                           'spectrum_merging.lab.run._Steps.__init__': ( 'lab/run.html#_steps.__init__',
                                                                                         'spectrum_merging/lab/run.py'),
+                                          'spectrum_merging.lab.run._Steps.end': ('lab/run.html#_steps.end', 'spectrum_merging/lab/run.py'),
                                           'spectrum_merging.lab.run._about': ('lab/run.html#_about', 'spectrum_merging/lab/run.py'),
                                           'spectrum_merging.lab.run._and_the_other': ( 'lab/run.html#_and_the_other',
                                                                                        'spectrum_merging/lab/run.py'),

@@ -180,6 +180,7 @@ def _print_table(title, df):
     with pd.option_context('display.width', 200, 'display.max_columns', 40):
         print(f'\n{title}\n{df.to_string(index=False)}', flush=True)
 
+# %% ../nbs/95_cli.ipynb #00000016
 @call_parse
 @_says_errors
 def run_cli(
@@ -215,7 +216,7 @@ def run_cli(
             for title,df in res.tables().items(): _print_table(title, df)
     print(f'\nResults and figures are in {out}')
 
-# %% ../nbs/95_cli.ipynb #00000018
+# %% ../nbs/95_cli.ipynb #00000019
 @call_parse
 @_says_errors
 def explore_cli(

@@ -207,7 +207,7 @@ def _checked(scans, rows, experts):
         if lost := sorted((set(found) ^ set(experts)) | (set(found) - set(rows.task))):
             raise ValueError(f"scans[{of!r}], rows and experts are of different tasks "
                 f"({', '.join(lost)}): pass the same ones")
-        decide(found, 'snr_weighted')
+        decide(found, _usable(len(found))[-1])
     return rows if 'normalised' in rows else normalise(rows, experts)
 
 def measured(
@@ -237,13 +237,14 @@ class MergePanel(W.VBox):
         scans:dict, # `{'weights': {task: scan(...)}, 'update': {task: scan(...)}}`
         rows:pd.DataFrame, # strategy, of, top, task, accuracy, lo, hi, n, seed; bn for networks with BatchNorm
         experts:dict, # `{task: accuracy of its expert}`
+        strategy:str='snr_winner', # What is shown first
     ):
         "Draw the first combination. Raises `ValueError`"
         self.scans,self.rows,self.experts = scans,_checked(scans, rows, experts),experts
         self.table,wide = None,dict(description_width='initial')
         tops = sorted(rows.top.dropna().unique())
         self.strategy = W.Dropdown(options=_usable(len(experts)), description='strategy',
-            value='snr_winner', style=wide, layout=dict(width='16em'))
+            value=strategy, style=wide, layout=dict(width='16em'))
         self.of = W.Dropdown(options=list(scans), value=list(scans)[-1], description='SNR of',
             style=wide, layout=dict(width='12em'))
         kinds = list(rows.bn.unique()) if 'bn' in rows else []
