@@ -18,6 +18,7 @@ from . import __version__, operations # whose rules add themselves
 from .files import atomic, free_file
 from .preflight import name_models, preflight, row_columns
 from .rules import Recipe, recipe, rules
+from .spectrum import default_estimator
 from .strategies import check_cut, cut_value
 from .units import head_name, is_head, tensor_name
 
@@ -320,7 +321,7 @@ def make_plan(
     base=None, # The model that they were fine-tuned from
     *,
     scale:float=None, # λ of updates; by default 1 for operations on updates, else 1 / number of models
-    estimator:str=None, # A rule of kind 'estimator'; 'mp' by default
+    estimator:str=None, # A rule of kind 'estimator'; by default `default_estimator`
     of:str=None, # 'weights' or 'update'; by default the update with a base, weights for 'paper'
     threshold:float=None, # SNR to pass
     top:float=None, # Share of layers to pass, in %; 50 where neither is given
@@ -336,7 +337,7 @@ def make_plan(
     r = what.rule
     check_options(what, len(models), base, protocol=protocol, heads=heads, scale=scale,
         estimator=estimator, of=of, threshold=threshold, top=top)
-    estimator = recipe(estimator or 'mp', 'estimator', 'estimator').text
+    estimator = recipe(estimator or default_estimator, 'estimator', 'estimator').text
     if r.asks('snr', 'hi'):
         from spectrum_merging.scan import resolve_of
         of = 'weights' if paper and of is None else resolve_of(of, base)

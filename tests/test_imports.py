@@ -2,8 +2,8 @@
 import os, subprocess, sys
 from pathlib import Path
 
-core = ('arithmetic','rules','spectrum','checkpoint','units','scan','strategies','operations','preflight','plan',
-    'interop','stream','folder','merge','verify')
+core = ('arithmetic','files','parallel','rules','spectrum','checkpoint','units','scan','strategies','operations',
+    'preflight','plan','interop','layout','stream','journal','folder','merge','verify')
 heavy = 'torch','transformers','datasets','torchvision','matplotlib' # torch alone: 2 s and 500 MB
 
 def test_core_is_light():

@@ -10,6 +10,7 @@ __all__ = ['standard', 'prepare', 'resnet18', 'fast_convolutions', 'Folded', 'lo
 # %% ../../nbs/lab/15_convolutions.ipynb #00000003
 import torch, torch.nn.functional as F, torchvision
 from contextlib import contextmanager
+from fastcore.basics import patch
 from functools import partial
 from itertools import product
 from torch import Tensor, nn
@@ -189,25 +190,29 @@ class Folded:
             return F.relu_(F.max_pool2d(x, 3, 2, 1)) # after pooling there is less to do
         return f
 
-    def _layer(self, conv, bn, size, stride, pad):
-        "Function of a batch, and the size of its images"
-        w,b = _fold(self.body, conv, bn)
-        out = (size+2*pad-w.shape[-1])//stride+1
-        if out*out<=_few: return _as_matrices(w, b, size, stride, pad, self.dtype),out
-        w,b = w.to(self.dtype, memory_format=torch.channels_last),b.to(self.dtype)
-        return (lambda x: F.conv2d(x, w, b, stride, pad)),out
-
-    def __call__(self,
-        x:Tensor, # (n, 1, 32, 32), uint8
-    ) -> dict: # `{head: (n, classes)}` logits, float32 on the CPU
-        "Logits of all heads"
-        return logits_together([self], x)[0]
-
-    def _logits(self, x):
-        x = x.mean((2, 3))
-        return {k: F.linear(x, *h).float().cpu() for k,h in self.heads.items()}
-
 # %% ../../nbs/lab/15_convolutions.ipynb #00000014
+@patch
+def _layer(self:Folded, conv, bn, size, stride, pad):
+    "Function of a batch, and the size of its images"
+    w,b = _fold(self.body, conv, bn)
+    out = (size+2*pad-w.shape[-1])//stride+1
+    if out*out<=_few: return _as_matrices(w, b, size, stride, pad, self.dtype),out
+    w,b = w.to(self.dtype, memory_format=torch.channels_last),b.to(self.dtype)
+    return (lambda x: F.conv2d(x, w, b, stride, pad)),out
+
+@patch
+def __call__(self:Folded,
+    x:Tensor, # (n, 1, 32, 32), uint8
+) -> dict: # `{head: (n, classes)}` logits, float32 on the CPU
+    "Logits of all heads"
+    return logits_together([self], x)[0]
+
+@patch
+def _logits(self:Folded, x):
+    x = x.mean((2, 3))
+    return {k: F.linear(x, *h).float().cpu() for k,h in self.heads.items()}
+
+# %% ../../nbs/lab/15_convolutions.ipynb #00000015
 @torch.inference_mode()
 def _shared(networks, part):
     "Logits of several networks for a few images"

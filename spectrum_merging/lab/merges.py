@@ -67,21 +67,29 @@ class Lab:
             [self.start.key, self.kind.prediction_key(self), [list(sd) for sd in self.experts.values()]],
             *self.base.values(), *content, *inputs)
 
-    def once(self, name, make):
-        "What `make()` gives, made the first time"
-        if name not in self.made: self.made[name] = make()
-        return self.made[name]
-    def forget(self):
-        "Let go of everything that can be made again"
-        for o in self.made,self.sources,self.repaired: o.clear()
-    def module(self, task, state=None):
-        "A new module of a task's expert, with other weights where they are given"
-        res = copy.deepcopy(self.modules[task])
-        self.kind.inner(res).load_state_dict(state or self.experts[task])
-        return res
-    def head(self, task): return {k: v for k,v in self.experts[task].items() if is_head(k)}
+# %% ../../nbs/lab/30_merges.ipynb #00000007
+@patch
+def once(self:Lab, name, make):
+    "What `make()` gives, made the first time"
+    if name not in self.made: self.made[name] = make()
+    return self.made[name]
 
-# %% ../../nbs/lab/30_merges.ipynb #00000008
+@patch
+def forget(self:Lab):
+    "Let go of everything that can be made again"
+    for o in self.made,self.sources,self.repaired: o.clear()
+
+@patch
+def module(self:Lab, task, state=None):
+    "A new module of a task's expert, with other weights where they are given"
+    res = copy.deepcopy(self.modules[task])
+    self.kind.inner(res).load_state_dict(state or self.experts[task])
+    return res
+
+@patch
+def head(self:Lab, task): return {k: v for k,v in self.experts[task].items() if is_head(k)}
+
+# %% ../../nbs/lab/30_merges.ipynb #00000009
 @patch
 def scans(self:Lab,
     of:str='update', # 'weights' or 'update'
@@ -122,11 +130,11 @@ def base_for(self:Lab, how):
         for k,v in self.experts[first].items()}
 
 @patch
-def average(self:Lab) -> Merge:
+def average(self:Lab, strategy='standard') -> Merge:
     "The plain average, what every other merge is compared with"
-    return Merge(self.once('average', lambda: self.plan('standard')))
+    return Merge(self.once('average', lambda: self.plan(strategy)))
 
-# %% ../../nbs/lab/30_merges.ipynb #0000000b
+# %% ../../nbs/lab/30_merges.ipynb #0000000c
 def _scaled(plan):
     "Names of rows that a homogeneous rule makes at one scale other than 1, and that scale; or none"
     t = plan.table
@@ -171,7 +179,7 @@ def _source(self:Lab, source):
     heads = {head_name(k, t): v for t in self.tasks for k,v in self.head(t).items()}
     return {k: v for k,v in known[source].items() if not is_head(k)} | heads
 
-# %% ../../nbs/lab/30_merges.ipynb #0000000c
+# %% ../../nbs/lab/30_merges.ipynb #0000000d
 @patch
 def states(self:Lab,
     merged:Merge,
@@ -212,7 +220,7 @@ def _mixed(self:Lab, what, n, draw):
     if what.all_settings.get('statistics', 'shared')!='shared': return None
     return self.once(('mixed', n, draw), lambda: self.kind.mixed(self, n, draw))
 
-# %% ../../nbs/lab/30_merges.ipynb #0000000e
+# %% ../../nbs/lab/30_merges.ipynb #0000000f
 def _stored(path, make):
     "The arrays in the file `path`; made and stored atomically where it is not there"
     if path.exists():
@@ -248,6 +256,7 @@ def heads(self:Lab,
 def _file(self:Lab, merged, split, tasks):
     return self.cache/'predictions'/f'{digest([self.key, merged.key, split, tasks])}.npz'
 
+# %% ../../nbs/lab/30_merges.ipynb #00000010
 @patch
 def logits(self:Lab,
     merged:Merge,
@@ -288,12 +297,13 @@ def logits_together(self:Lab,
     for i,f in enumerate(todo):
         _stored(f, lambda: {k: v for t,o in found.items() for k,v in _halved(t, o[i]).items()})
 
+# %% ../../nbs/lab/30_merges.ipynb #00000011
 @patch
 def predict(self:Lab, merged, split='test', head=None, tasks=None):
     "`{task: classes}`; each task's own head, or the one named `head` for all"
     return {t: z[head or t].argmax(1) for t,z in self.logits(merged, split, tasks).items()}
 
-# %% ../../nbs/lab/30_merges.ipynb #0000000f
+# %% ../../nbs/lab/30_merges.ipynb #00000012
 def _share(part, whole): return part/whole if whole else np.nan # an expert may have learnt nothing
 
 @patch
@@ -323,6 +333,7 @@ def base_scores(self:Lab, split='test'):
     return self.once(('base', split), lambda: {t: score(p, self.labels(split)[t])
         for t,p in self.predict(Merge('base'), split).items()})
 
+# %% ../../nbs/lab/30_merges.ipynb #00000013
 @patch
 def scored(self:Lab,
     preds:dict, # `{task: classes}`
@@ -369,12 +380,13 @@ def held_out(self:Lab,
         found.append(_share(score(p, labels[t])[metric], own[t][metric]))
     return float(np.nanmean(found))
 
+# %% ../../nbs/lab/30_merges.ipynb #00000014
 @patch
 def chance_rows(self:Lab, **about):
     "Scores of the commonest class"
     return self.scored({t: majority(o.y, len(o.test_y)) for t,o in self.tasks.items()}, **about)
 
-# %% ../../nbs/lab/30_merges.ipynb #00000011
+# %% ../../nbs/lab/30_merges.ipynb #00000016
 @patch
 def with_experts(self:Lab,
     experts:dict, # `{task: state dict}`
