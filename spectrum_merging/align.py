@@ -19,8 +19,10 @@ _same = {nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.
     nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Identity, nn.Dropout, F.relu, F.relu_,
     F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, F.hardswish, F.dropout, torch.relu,
     torch.relu_, torch.sigmoid, torch.tanh, 'relu', 'relu_', 'sigmoid', 'tanh', 'contiguous'}
+
 _pools = {nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, F.max_pool2d,
     F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, nn.Dropout2d}
+
 _joins = {operator.add, operator.iadd, operator.sub, operator.mul, operator.imul, torch.add,
     torch.sub, torch.mul, 'add', 'add_', 'mul', 'mul_'}
 
@@ -33,6 +35,7 @@ class _Units:
 
 _fixed,_shape = _Units(('', 0)),'numbers'
 
+# %% ../nbs/67_align.ipynb #00000008
 class _Ties:
     "Axes of a model's tensors, sorted into groups that share one order"
     def __init__(self, model):
@@ -67,7 +70,7 @@ class _Ties:
                     res.setdefault(root[0].rpartition('.')[0], []).extend((o, n) for o in ks)
         return res
 
-# %% ../nbs/67_align.ipynb #00000008
+# %% ../nbs/67_align.ipynb #00000009
 def _layer(m, x, ties):
     "Units behind a module, or None for one that is not known"
     conv,fixed = isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)),ties.is_fixed(x)
@@ -101,6 +104,7 @@ def _function(n, x):
         keep = n.kwargs.get('keepdim', n.args[2] if len(n.args)>2 else False)
         if sorted(dims) in ([2, 3], [-2, -1]): return x if keep else _Units(x.axis, True, x.size)
 
+# %% ../nbs/67_align.ipynb #0000000a
 def _read(n, model, seen, ties):
     "Units behind one node of the graph"
     ins = [seen[o] for o in n.all_input_nodes if seen[o] is not _shape]
@@ -139,7 +143,7 @@ def permutation_spec(
         raise ValueError(f"{type(model).__name__} has no hidden units whose order is free")
     return spec
 
-# %% ../nbs/67_align.ipynb #0000000c
+# %% ../nbs/67_align.ipynb #0000000e
 def _linear_order(model, x):
     "Linear layers as they run, those left out that run twice"
     seen,handles = [],[]
@@ -178,7 +182,7 @@ def tested_spec(
     if not spec: raise ValueError(f"{type(model).__name__} has no linear layers between which units can be permuted")
     return spec
 
-# %% ../nbs/67_align.ipynb #00000010
+# %% ../nbs/67_align.ipynb #00000012
 def _sizes(spec, *states):
     "`{group: number of units}`. Raises `ValueError`"
     for g,axes in spec.items():
@@ -207,6 +211,7 @@ def _where(spec):
         for k,n in axes: res.setdefault(k, []).append((g, n))
     return res
 
+# %% ../nbs/67_align.ipynb #00000013
 def _move(t, moves):
     "`t` reordered along axes, `[(permutation, axis), ...]`"
     for p,n in moves:
@@ -233,7 +238,7 @@ def permute(
     return {k: _move(t, [(perms[g], n) for g,n in where.get(k, []) if g in perms])
         for k,t in state.items()}
 
-# %% ../nbs/67_align.ipynb #00000015
+# %% ../nbs/67_align.ipynb #00000018
 def _rows(t, n, size): return t.movedim(n, 0).reshape(size, -1)
 
 _stats = 'running_mean','running_var'
@@ -270,6 +275,7 @@ class _Match:
         size = [sum(s[k].square().sum().item() for k in ks)**.5 for s in (self.a, self.b)]
         return self.total(ks, perms)/(size[0]*size[1]) if all(size) else 0.
 
+# %% ../nbs/67_align.ipynb #00000019
 def match_weights(
     a:dict, # State dict
     b:dict, # State dict of another network of the same architecture
@@ -294,7 +300,7 @@ def _match(m, seed):
         order = rng.permutation(order).tolist()
     return perms
 
-# %% ../nbs/67_align.ipynb #0000001a
+# %% ../nbs/67_align.ipynb #0000001e
 def align(
     b:dict, # State dict to be reordered
     a:dict, # State dict whose order is taken over

@@ -292,28 +292,25 @@ def _loader(x):
         def __getitem__(self, i): return change(x[i])
     return torch.utils.data.DataLoader(Images(), batch_size=128)
 
-def _plain_sweep(bench, plans):
+def _plain_sweep(lab, plans):
     "`{(plan, task): classes}`, plan by plan in float32"
     import torch
-    from torchvision.models import resnet18
-    res = {}
+    res,first = {},next(iter(lab.tasks))
     for label,plan in plans.items():
         sd,coefs = {},plan.table.set_index('name')[plan.models]
-        for k,v in next(iter(bench.experts.values())).items():
-            parts = [(c, bench.experts[m][k]) for m,c in coefs.loc[k].items() if c]
+        for k,v in lab.experts[first].items():
+            parts = [(c, lab.experts[m][k]) for m,c in coefs.loc[k].items() if c]
             sd[k] = sum(c*w for c,w in parts) if v.is_floating_point() else v
-        model = resnet18(num_classes=len(sd['fc.bias']))
-        model.load_state_dict(sd)
-        model.eval()
+        model = lab.module(first, sd).eval()
         with torch.no_grad():
-            for t,task in bench.tasks.items():
+            for t,task in lab.tasks.items():
                 res[label, t] = torch.cat([model(x).argmax(1) for x in _loader(task.test_x)]).numpy()
     return res
 
 # %% ../nbs/92_bench.ipynb #0000001f
 def bench_sweep(
     data=None, # Folder of FashionMNIST/raw, KMNIST/raw; else SPECTRUM_DATA, download, digits
-    budget=None, # `Budget`; by default the full one with all test images
+    budget=None, # `ImageBudget`; by default the full one with all test images
     repeats:int=4, # Rounds: a whole sweep, and that part of the plain loop
     cache=None, # Folder of trained experts; by default `cache_dir`
     thresholds=(3, 5, 15, 25), # Of the SNR
@@ -321,18 +318,19 @@ def bench_sweep(
 ) -> pd.DataFrame: # Contestant, seconds, ratio, plans, distinct plans, largest accuracy difference
     "The paper's grid on ResNet-18 with the budget's test images, against a plain float32 loop"
     from dataclasses import replace
-    from spectrum_merging.plan import make_plan
-    from spectrum_merging.run import Bench, paper_strategies
-    from spectrum_merging.vision import full, load_tasks
-    lab = Bench(tasks or load_tasks(data), budget or replace(full, test=None), cache=cache, progress=False)
-    plans = {(s, t): make_plan(s, lab.experts, estimator='paper_vision', protocol='paper',
-        threshold=t, scans=lab.weight_scans) for s in paper_strategies for t in thresholds}
+    from spectrum_merging.lab.images import Images, full
+    from spectrum_merging.lab.merges import Lab, Merge
+    from spectrum_merging.lab.paper import image_plans
+    from spectrum_merging.lab.tasks import load_images
+    lab = Lab(Images(), tasks or load_images(data), budget or replace(full, test=None), cache=cache, progress=False)
+    plans = image_plans(lab, thresholds)
     def sweep(folder):
+        # Nothing that an earlier round stored or kept in memory makes this one faster.
         lab.cache = Path(folder)
-        merged = {k: lab.planned(plan) for k,plan in plans.items()}
-        lab.together(merged.values())
-        return {(k, t): p for k,w in merged.items()
-            for t,p in lab.predict(w, head='merged').items()}
+        lab.forget()
+        merged = {k: Merge(plan) for k,plan in plans.items()}
+        lab.logits_together(list(merged.values()))
+        return {(k, t): p for k,m in merged.items() for t,p in lab.predict(m, head='merged').items()}
     took,slow,plain,keys = [],0,{},list(plans)
     for i in range(repeats):
         with TemporaryDirectory() as d:
@@ -342,7 +340,7 @@ def bench_sweep(
         start = time.perf_counter()
         plain |= _plain_sweep(lab, {k: plans[k] for k in keys[i::repeats]})
         slow += time.perf_counter()-start
-    def acc(p, k): return (p[k]==lab.labels['test'][k[1]]).mean()
+    def acc(p, k): return (p[k]==lab.labels()[k[1]]).mean()
     worst = max(abs(acc(ours, k)-acc(plain, k)) for k in plain)
     images = sum(len(t.test_x) for t in lab.tasks.values())
     about = dict(plans=len(plans), distinct=len({p.digest for p in plans.values()}), images=images)

@@ -15,9 +15,7 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 from .arithmetic import codes, number_types
-# not used here: until the rooms above import them from where they are now
-from .files import atomic, cache_dir, known_sha256, sha256
-from .parallel import n_cores
+
 
 # %% ../nbs/10_checkpoint.ipynb #00000007
 @dataclass(frozen=True)

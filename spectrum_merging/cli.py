@@ -41,7 +41,8 @@ def scan_cli(
     df = scan(model, base, estimator=estimator, of=of, n_workers=workers,
         progress=sys.stderr.isatty())
     if out: df.to_csv(out, index=False)
-    else: print(df.drop(columns=['unit','estimator','of']).to_string(index=False, float_format='{:.4g}'.format))
+    else: print(df.drop(columns=['unit','estimator','of']).to_string(index=False,
+        float_format='{:.4g}'.format))
 
 # %% ../nbs/95_cli.ipynb #0000000a
 def _named(models):
@@ -67,6 +68,7 @@ def _summary(plan):
     mixtures = plan.table.apply(lambda r: mixture(plan.coefs(r), r['op']), axis=1)
     return mixtures.value_counts().rename('tensors').to_string()
 
+# %% ../nbs/95_cli.ipynb #0000000b
 @call_parse
 @_says_errors
 def merge_cli(
@@ -104,7 +106,7 @@ def merge_cli(
         raise CliError("interrupted; the same command continues where it stopped") from e
     print(f'{_summary(table)}\nwritten to {out}; the decision for each tensor is in {out}/plan.csv')
 
-# %% ../nbs/95_cli.ipynb #0000000f
+# %% ../nbs/95_cli.ipynb #00000010
 @call_parse
 @_says_errors
 def verify_cli(
@@ -129,7 +131,7 @@ def verify_cli(
     print(f"{out} is what it says: {len(again)} of {(df.tensor!='').sum()} tensors made again, "
         f"all checksums and hashes agree")
 
-# %% ../nbs/95_cli.ipynb #00000012
+# %% ../nbs/95_cli.ipynb #00000013
 @call_parse
 @_says_errors
 def bench_cli(
@@ -158,60 +160,63 @@ def bench_cli(
             Path(out).mkdir(exist_ok=True)
             df.to_csv(Path(out)/f'{k}.csv', index=False)
 
-# %% ../nbs/95_cli.ipynb #00000014
-_experiments = {'sst2-emotion': ('SST-2','Emotion'), 'sst2-cola': ('SST-2','CoLA')}
+# %% ../nbs/95_cli.ipynb #00000015
+_experiments = {'vision': ('FashionMNIST','KMNIST'), 'sst2-emotion': ('SST-2','Emotion'), 'sst2-cola': ('SST-2','CoLA')}
 
-def _run_one(experiment, data, out, quick, base, experts, **how):
-    "Run an experiment; its results and its tables"
-    if experiment=='vision':
-        from spectrum_merging.run import run_vision, tables
-        from spectrum_merging.vision import full, quick as small
-        res = run_vision(data, out, budget=small if quick else full, base=base or 'rotation', **how)
-        return res,tables(res)
-    from spectrum_merging.nlp import full_text, quick_text
-    from spectrum_merging.run_text import run_text, text_tables
-    res = run_text(_experiments[experiment], data, out, budget=quick_text if quick else full_text, base=base,
-        experts=experts, **how)
-    return res,text_tables(res)
+def _experts(experiment, given, base):
+    "`{task: path}` of experts that are there. Raises `CliError` for what does not go together"
+    if experiment=='all' and (base or given):
+        raise CliError("--base and --experts are for one experiment: name it instead of 'all'")
+    if not given: return None
+    if experiment=='vision': raise CliError("--experts are for text experiments")
+    found,tasks = dict(o.partition('=')[::2] for o in given),_experiments[experiment]
+    if set(found)!=set(tasks):
+        raise CliError(f"--experts are for {', '.join(found)}: pass " + ' '.join(f'{t}=FOLDER' for t in tasks))
+    if not base: raise CliError("--experts need --base: the model that they were tuned from")
+    return {t: found[t] for t in tasks}
 
+def _print_table(title, df):
+    import pandas as pd
+    with pd.option_context('display.width', 200, 'display.max_columns', 40):
+        print(f'\n{title}\n{df.to_string(index=False)}', flush=True)
+
+# %% ../nbs/95_cli.ipynb #00000016
 @call_parse
 @_says_errors
 def run_cli(
-    experiment:Annotated[str, "Which experiment",
-        dict(choices=['vision',*_experiments,'all'])],
+    experiment:Annotated[str, "Which experiment", dict(choices=[*_experiments,'all'])],
     data:str=None, # Folder of FashionMNIST, KMNIST, glue, emotion; else $SPECTRUM_DATA or download
     out:str=None, # New folder for results; by default results/<experiment>-<time>
-    quick:bool=False, # Small budget: minutes instead of an hour
+    quick:bool=False, # The same as --budget quick: minutes instead of an hour
     base:str=None, # vision: rotation, imagenet, .safetensors file; text: folder or hub id of an encoder
     experts:Annotated[str, "Text: experts that are there, 'SST-2=textattack/bert-base-uncased-SST-2' …",
         dict(nargs='+')]=None,
     seed:int=0, # First seed of the experts
     seeds:int=1, # How many experts per task; intervals need 2 or more
     cache:str=None, # Folder of experts, predictions; by default $SPECTRUM_CACHE or the user's cache
+    budget:str=None, # full (the default), quick; vision: small, with every part on few images
+    parts:str=None, # Tables to make, comma-separated; all by default, some in a quick run
 ):
     "Train or load experts, merge them by every strategy, evaluate, write tables and figures"
     if not sys.stderr.isatty(): os.environ.setdefault('TQDM_MININTERVAL', '30')
-    import pandas as pd
-    from spectrum_merging.run import new_folder
-    kinds = ['vision',*_experiments] if experiment=='all' else [experiment]
-    if experiment=='all' and (base or experts):
-        raise CliError("--base and --experts are for one experiment: name it instead of 'all'")
-    if experiment=='vision' and experts: raise CliError("--experts are for text experiments")
-    experts = dict(o.partition('=')[::2] for o in experts) if experts else None
-    if experts and set(experts)!=set(_experiments[experiment]):
-        raise CliError(f"--experts are for {', '.join(experts)}: pass "
-            + ' '.join(f'{t}=FOLDER' for t in _experiments[experiment]))
-    if experts and not base: raise CliError("--experts need --base: the model that they were tuned from")
-    out = new_folder(out, experiment)
+    kinds = list(_experiments) if experiment=='all' else [experiment]
+    experts = _experts(experiment, experts, base)
+    if quick and budget not in (None, 'quick'): raise CliError(f"--quick and --budget {budget}: leave one of them")
+    from spectrum_merging.lab.run import new_folder, run
+    out,seen = new_folder(out, experiment),[]
+    def show(title, df):
+        if seeds==1 or not seen: _print_table(title, df)
+        seen.append(title)
     for k in kinds:
-        folder = out/k if len(kinds)>1 else out
-        res,found = _run_one(k, data, folder, quick, base, experts, seed=seed, seeds=seeds, cache=cache)
-        for t in res.bench.tasks.values(): print(t)
-        with pd.option_context('display.width', 200, 'display.max_columns', 40):
-            for title,df in found.items(): print(f'\n{title}\n{df.to_string(index=False)}')
+        seen.clear()
+        res = run(k, data, out/k if len(kinds)>1 else out, budget='quick' if quick else budget or 'full', base=base,
+            experts=experts, seed=seed, seeds=seeds, cache=cache, parts=parts.split(',') if parts else None, show=show)
+        for t in res.tasks.values(): print(t['text'])
+        if seeds>1:
+            for title,df in res.tables().items(): _print_table(title, df)
     print(f'\nResults and figures are in {out}')
 
-# %% ../nbs/95_cli.ipynb #00000017
+# %% ../nbs/95_cli.ipynb #00000019
 @call_parse
 @_says_errors
 def explore_cli(

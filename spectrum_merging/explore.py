@@ -8,7 +8,7 @@ Docs: nbs/90_explore.ipynb"""
 __all__ = ['decide', 'flipped', 'plot_choice', 'describe', 'measured', 'MergePanel', 'read_folder', 'write_notebook']
 
 # %% ../nbs/90_explore.ipynb #00000003
-import html, ipywidgets as W, json, numpy as np, pandas as pd, re
+import html, ipywidgets as W, json, numpy as np, pandas as pd
 from base64 import b64encode
 from fastcore.basics import patch
 from io import BytesIO
@@ -18,6 +18,7 @@ from pathlib import Path
 from PIL import Image
 from .checkpoint import TensorInfo
 from .evaluate import normalise
+from .layout import read_file, read_scans
 from .plan import check_options, decide_layers, layer_cut, unit_snrs
 from .rules import recipe, rules
 
@@ -26,7 +27,8 @@ _taken = 'unit','passes','base'
 
 def _usable(n):
     "Names of the strategies that are defined for `n` models"
-    return [k for k,o in rules.items() if o.kind=='layer' and not o.adds and (n==2 or not o.two_only)]
+    return [k for k,o in rules.items()
+        if o.kind=='layer' and not o.adds and (n==2 or not o.two_only)]
 
 def _layer_snrs(scans):
     "(K, N) SNR per layer, heads left out. Raises `ValueError` where scans do not fit together"
@@ -49,7 +51,8 @@ def decide(
     "SNRs and merge coefficients of each layer. Raises `ValueError`"
     what = recipe(strategy, 'layer', 'strategy')
     check_options(what, len(scans), True, top=top if what.rule.asks('hi') else None)
-    if what.rule.adds: raise ValueError(f"{strategy} adds updates: choose one of {', '.join(_usable(len(scans)))}")
+    if what.rule.adds:
+        raise ValueError(f"{strategy} adds updates: choose one of {', '.join(_usable(len(scans)))}")
     s = _layer_snrs(scans)
     coefs,cut = decide_layers(what, list(s.index), list(s), s, top=top).coefs,layer_cut(s, top=top)
     table = pd.concat([s.add_prefix('snr_'), (s.max(axis=1)>cut).rename('passes'), coefs], axis=1)
@@ -192,7 +195,7 @@ def describe(
     return '<br>'.join(res)
 
 # %% ../nbs/90_explore.ipynb #00000020
-_needed = ['strategy','of','top','bn','task','accuracy','lo','hi','n','seed']
+_needed = ['strategy','of','top','task','accuracy','lo','hi','n','seed']
 
 def _checked(scans, rows, experts):
     "`rows` with their normalised accuracy. Raises `ValueError` for tables that make no panel"
@@ -204,7 +207,7 @@ def _checked(scans, rows, experts):
         if lost := sorted((set(found) ^ set(experts)) | (set(found) - set(rows.task))):
             raise ValueError(f"scans[{of!r}], rows and experts are of different tasks "
                 f"({', '.join(lost)}): pass the same ones")
-        decide(found, 'snr_weighted')
+        decide(found, _usable(len(found))[-1])
     return rows if 'normalised' in rows else normalise(rows, experts)
 
 def measured(
@@ -212,10 +215,11 @@ def measured(
     strategy:str, # A rule of kind 'layer' that chooses among weights
     of:str, # 'weights' or 'update'
     top:float, # Share of layers, in %
-    bn:str, # What was done with BatchNorm
+    bn:str=None, # What was done with BatchNorm, where rows tell
 ) -> pd.DataFrame: # One row per task and seed, or none
     "The rows of one combination; a strategy that looks at no SNR has one for all `of` and `top`"
-    r = rows[(rows.strategy==strategy) & (rows.bn==bn)]
+    r = rows[rows.strategy==strategy]
+    if bn is not None: r = r[r.bn==bn]
     if rules[strategy].asks('snr', 'hi'): r = r[(r.of==of) & np.isclose(r.top, top)]
     return r.drop_duplicates(['task','seed']) if set(r.task)==set(rows.task) else r[:0]
 
@@ -231,25 +235,27 @@ class MergePanel(W.VBox):
     "Controls for a merge, a picture of what follows, and the same in words"
     def __init__(self,
         scans:dict, # `{'weights': {task: scan(...)}, 'update': {task: scan(...)}}`
-        rows:pd.DataFrame, # strategy, of, top, bn, task, accuracy, lo, hi, n, seed
+        rows:pd.DataFrame, # strategy, of, top, task, accuracy, lo, hi, n, seed; bn for networks with BatchNorm
         experts:dict, # `{task: accuracy of its expert}`
+        strategy:str='snr_winner', # What is shown first
     ):
         "Draw the first combination. Raises `ValueError`"
         self.scans,self.rows,self.experts = scans,_checked(scans, rows, experts),experts
         self.table,wide = None,dict(description_width='initial')
         tops = sorted(rows.top.dropna().unique())
         self.strategy = W.Dropdown(options=_usable(len(experts)), description='strategy',
-            value='snr_winner', style=wide, layout=dict(width='16em'))
+            value=strategy, style=wide, layout=dict(width='16em'))
         self.of = W.Dropdown(options=list(scans), value=list(scans)[-1], description='SNR of',
             style=wide, layout=dict(width='12em'))
-        self.bn = W.Dropdown(options=list(rows.bn.unique()), description='BatchNorm', style=wide,
+        kinds = list(rows.bn.unique()) if 'bn' in rows else []
+        self.bn = W.Dropdown(options=kinds, description='BatchNorm', style=wide,
             layout=dict(width='14em'))
         self.top = W.SelectionSlider(options=[(f'{o:g} %', o) for o in tops], style=wide,
             value=tops[len(tops)//2], description='share of layers', continuous_update=False)
         self.image = W.Image(layout=dict(width='100%', max_width='960px', height='auto',
             flex='0 0 auto', align_self='flex-start'))
         self.text = W.HTML()
-        controls = [self.strategy, self.of, *[self.bn]*(rows.bn.nunique()>1), self.top]
+        controls = [self.strategy, self.of, *[self.bn]*(len(kinds)>1), self.top]
         for o in controls: o.observe(self._update, 'value')
         super().__init__([W.HBox(controls, layout=dict(flex_flow='row wrap', grid_gap='4px 16px')),
             self.image, self.text])
@@ -269,21 +275,6 @@ class MergePanel(W.VBox):
             | {'image/png': b64encode(self.image.value).decode()})
 
 # %% ../nbs/90_explore.ipynb #00000028
-def _scan_table(path):
-    "A scan as it was written to CSV, shapes as tuples. Raises `ValueError`"
-    df = pd.read_csv(path)
-    if lost := [k for k in ('name','unit','role','shape','snr') if k not in df]:
-        raise ValueError(f"a scan has the columns {lost} too")
-    return df.assign(shape=[tuple(map(int, re.findall(r'\d+', str(o)))) for o in df['shape']])
-
-def _read(path, read):
-    "What `read` makes of a file. Raises `FileNotFoundError`, and `ValueError` naming the file"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: pass a folder that this version of "
-            "`spectrum-run EXPERIMENT --out FOLDER` wrote")
-    try: return read(path)
-    except ValueError as e: raise ValueError(f"{path} cannot be read: {e}") from e
-
 def _own_expert(rows, task):
     "Mean accuracy of a task's expert over seeds. Raises `ValueError`"
     r = rows[(rows.table=='reference') & (rows.task==task)
@@ -294,7 +285,7 @@ def _own_expert(rows, task):
 # %% ../nbs/90_explore.ipynb #00000029
 def _grid(path):
     "Rows of the grid and accuracies of the experts. Raises `ValueError`"
-    rows = pd.read_csv(path)
+    rows = pd.read_csv(path, float_precision='round_trip')
     if lost := [k for k in ['table','method']+_needed if k not in rows]:
         raise ValueError(f"it lacks the columns {lost}; run `spectrum-run` again")
     grid = rows[rows.table=='grid'].dropna(axis=1, how='all')
@@ -306,17 +297,12 @@ def read_folder(
 ) -> tuple[dict, pd.DataFrame, dict]: # scans, rows, experts of `MergePanel`
     "What a panel needs, from results.csv and scans/. Raises `FileNotFoundError`, `ValueError`"
     folder = Path(folder)
-    rows,experts = _read(folder/'results.csv', _grid)
-    index = folder/'scans/index.json'
-    files = _read(index, lambda p: json.loads(p.read_text(encoding='utf-8')))
-    ok = isinstance(files, dict) and files and all(isinstance(o, dict) and set(o)==set(experts)
-        and all(str(f)==Path(str(f)).name for f in o.values()) for o in files.values())
-    if not ok:
-        raise ValueError(f"{index} does not name one file per task ({', '.join(experts)}) "
+    rows,experts = read_file(folder/'results.csv', _grid)
+    scans = {of: o for of,o in read_scans(folder).items() if of in ('weights','update')}
+    if not scans or any(set(o)!=set(experts) for o in scans.values()):
+        raise ValueError(f"{folder/'scans/index.json'} does not name one file per task ({', '.join(experts)}) "
             "for weights or update")
-    scans = {of: {t: _read(index.parent/o[t], _scan_table) for t in experts}
-        for of,o in files.items()}
-    return {of: {t: df.assign(of=of) for t,df in o.items()} for of,o in scans.items()},rows,experts
+    return {of: {t: o[t].assign(of=of) for t in experts} for of,o in scans.items()},rows,experts
 
 # %% ../nbs/90_explore.ipynb #0000002a
 @patch(cls_method=True)

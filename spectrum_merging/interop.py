@@ -10,14 +10,13 @@ __all__ = ['to_mergekit', 'write_snr_results', 'read_snr_results', 'write_unfroz
 # %% ../nbs/45_interop.ipynb #00000002
 import json, pandas as pd, re, yaml
 from pathlib import Path
-from .checkpoint import atomic
+from .files import atomic, free_file
 from .preflight import listed
+from .units import head_tasks, task_of, tensor_name
 
 # %% ../nbs/45_interop.ipynb #00000006
 def _write(path, text, overwrite):
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists: choose another name or pass overwrite=True")
+    path = free_file(path, overwrite)
     with atomic(path) as tmp: tmp.write_text(text, encoding='utf-8')
     return path
 
@@ -46,13 +45,13 @@ def to_mergekit(
     if (odd := plan.table[plan.table.op!='linear']).size:
         raise ValueError(f"{odd.name.iloc[0]} is merged by {odd.op.iloc[0]}: a mergekit file "
             "written here can hold weighted sums only; merge with spectrum-merge")
-    rows = plan.table[~plan.table.name.str.contains('@')].to_dict('records')
-    heads = sorted({o.partition('@')[2] for o in plan.table.name if '@' in o})
+    rows = plan.table[plan.table.name.map(task_of).isna()].to_dict('records')
+    heads = sorted(head_tasks(plan.table.name))
     if heads and task not in heads:
         raise ValueError(f"task is {task!r}: mergekit writes one model, and the plan keeps heads "
             f"of {', '.join(heads)}; choose one, or make the plan with heads=[]")
-    rows += [r | dict(name=r['name'].partition('@')[0]) for r in plan.table.to_dict('records')
-        if r['name'].endswith(f'@{task}')]
+    rows += [r | dict(name=tensor_name(r['name'])) for r in plan.table.to_dict('records')
+        if task_of(r['name'])==task]
     sources = dict(models) | (dict(base=base) if any(r['base'] for r in rows) else {})
     if 'base' in sources and base is None:
         raise ValueError("the plan takes tensors from the base: pass base=")

@@ -193,9 +193,9 @@ class Recipe:
 
 def rule_names(
     *kinds:str, # All where none is given
-) -> list: # In the order in which they were defined
+) -> list: # Kind by kind, in the order in which they were defined
     "Names of the rules of some kinds"
-    return [k for k,o in rules.items() if not kinds or o.kind in kinds]
+    return [k for kind in kinds or asked for k,o in rules.items() if o.kind==kind]
 
 # %% ../nbs/12_rules.ipynb #00000015
 def recipe(

@@ -14,12 +14,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass
-from .arithmetic import Scratch, is_finite, page_aligned, storage, weighted_sum, widen
-from .checkpoint import TensorInfo, codes, n_cores
+from spectrum_merging.arithmetic import (Scratch, is_finite, number_types, page_aligned, storage,
+    weighted_sum, widen)
+from .checkpoint import TensorInfo
 from .operations import run_operation
-from .plan import tensor_name
+from .parallel import n_cores
 from .preflight import PreflightError
 from .rules import recipe
+from .units import task_of, tensor_name
 from threadpoolctl import threadpool_limits
 
 # %% ../nbs/55_stream.ipynb #00000007
@@ -35,7 +37,7 @@ class Row:
     grams:tuple=() # Sources of input moments, one per model, where the operation asks for them
 
     @property
-    def head(self): return self.name.partition('@')[2] or None
+    def head(self): return task_of(self.name)
 
 # %% ../nbs/55_stream.ipynb #00000008
 def _row(plan, row, models, sources, dtype):
@@ -57,7 +59,7 @@ def _misfits(plan, models, sources):
         k = tensor_name(row['name'])
         used = [m for m,c in plan.coefs(row).items() if c]
         lost = [m for m in used if k not in sources[m]]
-        shown = [] if '@' in row['name'] else [m for m in models if k in models[m]]
+        shown = [] if task_of(row['name']) else [m for m in models if k in models[m]]
         infos = {m: sources[m].infos[k] for m in dict.fromkeys(used + shown) if k in sources[m]}
         mixed = (row['op']!='linear' or len(used)>1
             or any(plan.coefs(row)[m]!=1 for m in used))
@@ -125,8 +127,6 @@ def plan_rows(
     return [_row(plan, r, models, sources, dtype) for r in plan.table.to_dict('records')]
 
 # %% ../nbs/55_stream.ipynb #0000000c
-_codes = {v: k for k,v in codes.items()}
-
 @dataclass(frozen=True)
 class Output:
     "One file of the result: header, and where each row's first byte goes"
@@ -141,7 +141,7 @@ class Output:
         meta:dict, # `{key: text}`
     ) -> bytes:
         "Length and header, padded so that the numbers start at a multiple of 4,096 bytes"
-        entries = {r.key: dict(dtype=_codes[r.info.dtype], shape=list(r.info.shape),
+        entries = {r.key: dict(dtype=number_types[r.info.dtype].code, shape=list(r.info.shape),
             data_offsets=[a, a+r.info.nbytes]) for r,a in zip(self.rows, self.starts)}
         text = json.dumps({'__metadata__': meta} | entries, separators=(',', ':')).encode()
         text += b' '*(-(8+len(text)) % 4096)

@@ -63,9 +63,10 @@ def test_merges_and_loads(kind, strategy, tmp_path):
     "From files and from modules the same; the folder loads and answers as the weights in memory do"
     ms,base = {k: models[kind](i) for i,k in enumerate('ab')},models[kind](2)
     paths,base_path = {k: save(m, tmp_path/k) for k,m in ms.items()},save(base, tmp_path/'base')
-    plan = make_plan(strategy, paths, base_path, of='weights', top=50, heads=[])
+    how = dict(of='weights', top=50) if strategy!='standard' else {}
+    plan = make_plan(strategy, paths, base_path, heads=[], **how)
     out = merge(plan, paths, base_path, tmp_path/'out')
-    inside = merge(make_plan(strategy, ms, base, of='weights', top=50, heads=[]), ms, base)
+    inside = merge(make_plan(strategy, ms, base, heads=[], **how), ms, base)
     m = models[kind](3)
     m.load_state_dict(inside)
     got = load_task(out)

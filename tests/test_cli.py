@@ -66,11 +66,13 @@ def test_merge_loads_in_transformers(models, tmp_path):
 @pytest.mark.parametrize('args, says', [
     (['--strategy','sum'], "choose one of 'standard'"),
     (['--strategy','ties'], 'pass base='),
-    (['--strategy','standard','--scale','2'], 'no use for --scale'),
+    (['--strategy','standard','--scale','2'], "no use for 'scale'"),
+    (['--top','50'], "'standard' has no use for 'top'"),
+    (['--estimator','mp'], "'standard' has no use for 'estimator'"),
     (['--strategy','base_reset'], 'pass base='),
     (['--threshold','3','--top','50'], 'both given'),
-    (['--estimator','iqr'], "choose one of 'mp'"),
-    (['--of','update'], 'needs W₀'),
+    (['--strategy','snr_max','--estimator','iqr'], "choose one of 'mp'"),
+    (['--strategy','snr_max','--of','update'], 'needs W₀'),
     (['--protocol','paper'], 'do not fit together')])
 def test_errors(models, tmp_path, args, says):
     "One message without a traceback, status 1, and nothing left behind"

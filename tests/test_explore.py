@@ -151,7 +151,7 @@ def test_wrong_tables(merges):
     scans,rows,experts = merges
     def refuses(text, *args):
         with pytest.raises(ValueError, match=text): MergePanel(*args)
-    refuses("lack the columns", scans, rows.drop(columns='bn'), experts)
+    refuses("lack the columns", scans, rows.drop(columns='top'), experts)
     refuses("no measured share", scans, rows[:0], experts)
     refuses("different tasks", scans, rows, experts | dict(birds=.5))
     refuses("different tasks", scans, rows[rows.task=='dogs'], experts)

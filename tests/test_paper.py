@@ -2,6 +2,7 @@
 import numpy as np, pytest, torch
 from spectrum_merging.merge import merge
 from spectrum_merging.plan import make_plan
+from spectrum_merging.rules import rules
 from spectrum_merging.scan import scan
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -69,7 +70,8 @@ def experts(model, seed, strength):
     return base,*(tune(base, 2*seed+i, strength) for i in (1, 2))
 
 def check(strategy, a, b, base, ours, theirs, cut, **kw):
-    plan = make_plan(strategy, [a, b], base, protocol='paper', scans=dict(zip('ab', ours)), **kw)
+    how = kw if rules[strategy].asks('snr') else {}
+    plan = make_plan(strategy, [a, b], base, protocol='paper', scans=dict(zip('ab', ours)), **how)
     got,want = merge(plan, [a, b], base),paper(strategy, a, b, base, *theirs, cut)
     assert list(got)==list(want)
     assert {k: v.dtype for k,v in got.items()}=={k: v.dtype for k,v in want.items()}

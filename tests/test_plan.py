@@ -7,14 +7,20 @@ from io import StringIO
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from spectrum_merging.merge import load_task, merge, task_state
-from spectrum_merging.plan import Plan, PreflightError, make_plan
+from spectrum_merging.plan import Plan, make_plan
+from spectrum_merging.preflight import PreflightError
+from spectrum_merging.rules import rules
 from spectrum_merging.scan import scan
-from spectrum_merging.strategies import strategies
 from torch import nn
 
 frugal = settings(max_examples=30, deadline=None, derandomize=True, database=None)
-two_only = [k for k,o in strategies.items() if o.two_only]
+strategies = [k for k,o in rules.items() if o.kind=='layer' and not o.adds] # the paper's seven
+two_only = [k for k in strategies if rules[k].two_only]
 two_or_three = [(n, k) for k in strategies for n in ((2,) if k in two_only else (2, 3))]
+
+def useful(strategy, **options):
+    "Those options that a strategy has a use for"
+    return options if rules[strategy].asks('snr') else {}
 
 def seq(**mods):
     m = nn.Sequential()
@@ -58,9 +64,8 @@ wide,odd,other = expert(2, width=20),expert(2, classes=3),seq(l1=nn.Linear(3, 3)
 ids = torch.arange(4)
 nan,inf = float('nan'),float('inf')
 
-def quick_scans(*names, **attrs):
-    df = pd.DataFrame(dict(name=['conv1.weight'], snr=[1.]))
-    df.attrs.update(dict(estimator='mp', of='weights') | attrs)
+def quick_scans(*names, **made):
+    df = pd.DataFrame(dict(name=['conv1.weight'], snr=[1.], estimator='mp', of='weights') | made)
     return dict(scans=dict.fromkeys(names, df))
 
 def wrong(ms, words, id, **kw): return pytest.param(ms, kw, words, id=id)
@@ -97,7 +102,16 @@ def wrong(ms, words, id, **kw): return pytest.param(ms, kw, words, id=id)
     wrong([A, B], ['threshold is nan', 'finite'], 'threshold nan', threshold=nan),
     wrong([A, B], ['threshold is inf', 'finite'], 'threshold inf', threshold=inf),
     # names of choices
-    wrong([A, B], ["'ties'", *map(repr, strategies)], 'strategy', strategy='ties'),
+    wrong([A, B], ["'tees'", *map(repr, strategies)], 'strategy', strategy='tees'),
+    # options that do nothing
+    wrong([A, B], ["'standard'", "no use for 'top'"], 'top of nothing', strategy='standard', top=50),
+    wrong([A, B], ["'standard'", "no use for 'threshold'"], 'threshold of nothing', strategy='standard', threshold=3),
+    wrong([A, B], ["'standard'", "no use for 'estimator'"], 'estimator of nothing', strategy='standard',
+        estimator='mp'),
+    wrong([A, B], ["'standard'", "no use for 'of'"], 'of of nothing', strategy='standard', of='weights'),
+    wrong([A, B], ["'snr_winner'", "no use for 'scale'"], 'scale of nothing', scale=.5),
+    wrong([A, B], ["'tsv_m'", "no use for 'top'"], 'top of an operation', strategy='tsv_m', base=C, top=50),
+    wrong([A, B], ["'lines'", "no use for 'protocol'"], 'paper updates', strategy='lines', base=C, protocol='paper'),
     wrong([A, B], ["'iqr'", "'mp', 'paper_nlp', 'paper_vision', 'spectrum'"], 'estimator',
         estimator='iqr'),
     wrong([A, B], ["'layer'", "'unit' or 'paper'"], 'protocol', protocol='layer'),
@@ -131,7 +145,11 @@ def wrong(ms, words, id, **kw): return pytest.param(ms, kw, words, id=id)
     wrong([A, B], ['scan of a', "'spectrum'", "'mp'"], 'other estimator',
         **quick_scans('a', 'b', estimator='spectrum')),
     wrong([A, B], ['scan of a', "'update'", "'weights'"], 'scans of updates',
-        **quick_scans('a', 'b', of='update'))])
+        **quick_scans('a', 'b', of='update')),
+    wrong([A, B], ['scan of a', "'of'", 'assign('], 'scans of unknown', scans={k: pd.DataFrame(dict(name=['conv1.weight'],
+        snr=[1.], estimator='mp')) for k in 'ab'}),
+    wrong([A, B], ['scan of a', "'update'", "'weights'"], 'scans mixed', scans={k: pd.DataFrame(dict(
+        name=['conv1.weight', 'conv2.weight'], snr=1., estimator='mp', of=['weights', 'update'])) for k in 'ab'})])
 def test_wrong_input(ms, kw, words, monkeypatch):
     "The message names the thing, the values and the remedy, and nothing was measured"
     def measure(*a, **k): pytest.fail('measured before it was checked')
@@ -221,10 +239,10 @@ def scans(n, of):
 
 def plans(strategy, n, top=None, of='weights', **kw):
     base = expert(0, classes=7)
-    return make_plan(strategy, models(n), base, top=top, of=of, scans=scans(n, of), **kw)
+    return make_plan(strategy, models(n), base, **useful(strategy, top=top, of=of, scans=scans(n, of)), **kw)
 
 @frugal
-@given(st.sampled_from(list(strategies)), st.integers(2, 4), st.floats(1, 100),
+@given(st.sampled_from(strategies), st.integers(2, 4), st.floats(1, 100),
     st.sampled_from(['weights','update']))
 def test_unit_properties(strategy, n, top, of):
     plan = plans(strategy, 2 if strategy in two_only else n, top, of)
@@ -343,7 +361,7 @@ class Tied(nn.Module):
 def test_tied_weights(strategy, tmp_path):
     "One decision, equal values, also on disk"
     ms,base = [Tied(1), Tied(2)],Tied(3)
-    plan = make_plan(strategy, ms, base, top=50, of='weights')
+    plan = make_plan(strategy, ms, base, **useful(strategy, top=50, of='weights'))
     assert coefs(plan).loc['embed.weight'].tolist()==coefs(plan).loc['out.weight'].tolist()
     merged = load_task(merge(plan, ms, base, out=tmp_path/'out'))
     assert merged['embed.weight'].equal(merged['out.weight'])
@@ -524,7 +542,7 @@ def cast(m, dtype):
 def test_equal_models_come_back(n, strategy, dtype):
     "Whatever is decided, of two bit for bit; three thirds of a number may miss its last bit"
     m = cast(B, dtype)
-    plan = make_plan(strategy, [m]*n, m, of='weights', top=100)
+    plan = make_plan(strategy, [m]*n, m, **useful(strategy, of='weights', top=100))
     assert strategy=='standard' or plan.table.snr_a.dropna().min() > 0
     rtol = 2*torch.finfo(dtype).eps
     for k in plan.models:
@@ -537,7 +555,7 @@ def test_equal_models_come_back(n, strategy, dtype):
 def test_reference(strategy, dtype):
     "One sum in fp32 (fp64 for fp64), rounded once"
     ms,base = {k: cast(m, dtype) for k,m in models(3).items()},cast(expert(0, 7), dtype)
-    plan = make_plan(strategy, ms, base, of='weights', top=60)
+    plan = make_plan(strategy, ms, base, **useful(strategy, of='weights', top=60))
     wide,merged = torch.float64 if dtype==torch.float64 else torch.float32,merge(plan, ms, base)
     for k,c in coefs(plan).iterrows():
         src = {m: o[k.partition('@')[0]] for m,o in [*ms.items(), ('base', base)]}

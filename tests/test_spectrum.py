@@ -3,8 +3,11 @@ import numpy as np, pytest, torch
 from math import inf, pi, sqrt
 from scipy.integrate import quad
 from scipy.stats import binom
-from spectrum_merging.spectrum import (estimators, median_blur, mp_cdf, mp_density, mp_edges,
+from spectrum_merging.rules import rule_names
+from spectrum_merging.spectrum import (median_blur, mp_cdf, mp_density, mp_edges,
     mp_median, noise_edge, shrink, shrinker, snr, spectrum, tw_quantile)
+
+estimators = 'mp','paper_nlp','paper_vision','spectrum'
 
 draws = {(64,64): 2000, (64,576): 1500, (64,147): 2000, (512,256): 150, (768,768): 12,
     (768,3072): 6, (3072,768): 6}
@@ -206,8 +209,9 @@ def test_plain_numpy(name, plain, shape, spike):
     assert snr(W, name) == pytest.approx(plain(W.numpy()), rel=1e-6 if rank_lost else 1e-9)
 
 def test_estimators_by_name():
-    assert list(estimators) == ['mp','paper_nlp','paper_vision','spectrum']
+    assert rule_names('estimator')[:4] == list(estimators)
     assert snr(spiked) == snr(spiked, 'mp') == spectrum(spiked).snr > 0
+    assert snr(spiked, 'mp(alpha=0.5)') == spectrum(spiked, .5).snr # its settings, too
 
 # --- degenerate and wrong input
 

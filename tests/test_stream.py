@@ -10,7 +10,7 @@ from spectrum_merging.arithmetic import Scratch, is_finite, storage, weighted_su
 from spectrum_merging.checkpoint import Checkpoint
 from spectrum_merging.merge import load_task, merge
 from spectrum_merging.plan import Plan, make_plan
-from spectrum_merging.strategies import strategies
+from spectrum_merging.rules import rules
 from spectrum_merging.verify import verify
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -83,11 +83,11 @@ def model(shapes, dtypes, seed):
     return sd | {'ids': torch.arange(5), 'mask': torch.tensor([True,False]), 'step': torch.tensor(seed)}
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
-@given(st.data(), st.lists(shapes, min_size=1, max_size=6), st.sampled_from(list(strategies)),
+@given(st.data(), st.lists(shapes, min_size=1, max_size=6), st.sampled_from([k for k,o in rules.items() if o.kind=='layer' and not o.adds]),
     st.integers(2, 4), st.integers(1, 4), st.integers(1, 4000), st.integers(1, 300), st.integers(1, 40))
-def test_files_equal_reference(data, shapes, strategy, n, workers, shard, block, task):
-    "Any shapes, types, shard size, block, task and number of workers"
-    if strategies[strategy].two_only: n = 2
+def test_files_equal_reference(data, shapes, strategy, n, workers, shard, block, piece):
+    "Any shapes, types, shard size, block, piece and number of workers"
+    if rules[strategy].two_only: n = 2
     dtypes = data.draw(st.lists(st.sampled_from(list(floats.values())), min_size=len(shapes),
         max_size=len(shapes)))
     ms,base = {f'm{i}': model(shapes, dtypes, i) for i in range(n)},model(shapes, dtypes, 99)
@@ -96,10 +96,11 @@ def test_files_equal_reference(data, shapes, strategy, n, workers, shard, block,
     scans = {}
     for i,m in enumerate(ms):
         names = [f'l{j}.weight' for j in range(len(shapes))]
-        scans[m] = pd.DataFrame(dict(name=names, snr=snrs[i*len(shapes):(i+1)*len(shapes)]))
-        scans[m].attrs.update(estimator='mp', of='weights')
-    plan = make_plan(strategy, ms, base, of='weights', scans=scans, threshold=2., heads=[])
-    with TemporaryDirectory() as d, patch.object(stream, 'BLOCK', block), patch.object(stream, 'TASK', task):
+        scans[m] = pd.DataFrame(dict(name=names, snr=snrs[i*len(shapes):(i+1)*len(shapes)], estimator='mp',
+            of='weights'))
+    how = dict(of='weights', scans=scans, threshold=2.) if rules[strategy].asks('snr') else {}
+    plan = make_plan(strategy, ms, base, heads=[], **how)
+    with TemporaryDirectory() as d, patch.object(stream, 'BLOCK', block), patch.object(stream, 'PIECE', piece):
         d = Path(d)
         for k,m in dict(ms, base=base).items(): save_file(m, d/f'{k}.safetensors')
         out = merge(plan, {k: d/f'{k}.safetensors' for k in ms}, d/'base.safetensors', d/'out',
@@ -161,11 +162,11 @@ from spectrum_merging import folder, stream
 from spectrum_merging.merge import merge
 from spectrum_merging.plan import make_plan
 stream.TASK, folder.FLUSH = 1<<12, 1<<16
-real = stream._run_task
+real = stream._run_piece
 def slow(*a):
     time.sleep(.01)
     return real(*a)
-stream._run_task = slow
+stream._run_piece = slow
 d,out = sys.argv[1:]
 models,base = {k: f'{d}/{k}' for k in 'ab'},f'{d}/base'
 merge(make_plan('base_reset', models, base, threshold=0, of='weights'), models, base, out, n_workers=2)
@@ -220,7 +221,7 @@ def halfway(tmp_path):
 
 def test_continues_without_reading_again(halfway):
     go,d,_ = halfway
-    with patch.object(stream, '_run_task', lambda *a: pytest.fail('did it again')): go()
+    with patch.object(stream, '_run_piece', lambda *a: pytest.fail('did it again')): go()
     assert verify(d/'out', all=True).ok.all() and not (d/'.out.partial').exists()
 
 def test_other_settings_do_not_continue(halfway):
@@ -278,11 +279,11 @@ def test_empty_folder_is_used(tmp_path):
 
 def test_input_changes_meanwhile(tmp_path):
     models,_ = write_models(tmp_path/'in')
-    real = folder.run_tasks
+    real = folder.run_pieces
     def meddle(*a, **kw):
         real(*a, **kw)
         os.utime(models['b']/'model-00001-of-00002.safetensors', ns=(1, 1))
-    with patch.object(folder, 'run_tasks', meddle), pytest.raises(ValueError, match='changed while'):
+    with patch.object(folder, 'run_pieces', meddle), pytest.raises(ValueError, match='changed while'):
         merge(make_plan('standard', models), models, out=tmp_path/'out')
     assert [o.name for o in tmp_path.iterdir()]==['in']
 
@@ -364,7 +365,7 @@ from spectrum_merging.merge import merge
 from spectrum_merging.plan import make_plan
 assert stream.can_fork()
 def run(task, *a): EFFECT
-stream._run_task = run
+stream._run_piece = run
 models = {k: f'{sys.argv[1]}/{k}' for k in 'ab'}
 try: merge(make_plan('standard', models), models, out=sys.argv[2], n_workers=2)
 except Exception as e: print(type(e).__name__, e)

@@ -16,8 +16,8 @@ floors = [
     ['rules','arithmetic','files','parallel','units','align','evaluate','plot'],
     ['spectrum','checkpoint','strategies','activations','layout'],
     ['operations','scan','preflight','repair','match'],
-    ['chain','plan','interop'],
-    ['explore','stream'],
+    ['plan','interop'],
+    ['chain','explore','stream'],
     ['journal'],
     ['folder'],
     ['merge','verify'],
@@ -32,7 +32,8 @@ floors = [
     ['lab.paper'],
     ['lab.findings'],
     ['lab.run'],
-    ['bench','cli']]
+    ['bench'],
+    ['cli']]
 floor = {room: i for i,rooms in enumerate(floors) for room in rooms}
 
 @cache

@@ -98,6 +98,7 @@ def calibrate(
     p = minimize(loss, np.zeros(2*k-1), method='Nelder-Mead', options=dict(maxiter=400)).x
     return np.r_[np.exp(p[:k]), 0, p[k:]]
 
+# %% ../../nbs/lab/52_causes.ipynb #0000000a
 def joint_rows(
     lab:Lab,
     chosen:dict, # From `choose`
@@ -121,7 +122,7 @@ def joint_rows(
                 rows.append(r | dict(normalised=r['accuracy']/own))
     return rows
 
-# %% ../../nbs/lab/52_causes.ipynb #0000000c
+# %% ../../nbs/lab/52_causes.ipynb #0000000d
 def plot_factorial(results):
     "Heads × statistics × weights"
     single = results.part('reference').pipe(lambda o: o[o.method.str.startswith('best single')])
@@ -173,6 +174,7 @@ def plot_controls(results):
         caption='Accuracy / expert, mean of tasks; above 0: better than SNR of updates. Strategy '
         f'{strategy}, top {top} %{more}. Bars: means; dots: seeds. {caption(results)}')
 
+# %% ../../nbs/lab/52_causes.ipynb #0000000e
 def spread(rows):
     "Mean over seeds, smallest and largest"
     return rows.groupby(['strategy','threshold','task'], sort=False).agg(accuracy=('accuracy','mean'),

@@ -10,13 +10,14 @@ __all__ = ['standard', 'prepare', 'resnet18', 'fast_convolutions', 'Folded', 'lo
 # %% ../../nbs/lab/15_convolutions.ipynb #00000003
 import torch, torch.nn.functional as F, torchvision
 from contextlib import contextmanager
-from functools import partial
+from fastcore.basics import patch
+from copy import deepcopy
+from functools import cache, partial
 from itertools import product
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
-from ..checkpoint import n_cores
 from .training import device, has_bf16
-from ..scan import map_single_threaded
+from ..parallel import map_single_threaded, n_cores
 
 # %% ../../nbs/lab/15_convolutions.ipynb #00000006
 def standard(
@@ -34,8 +35,8 @@ def prepare(
 # %% ../../nbs/lab/15_convolutions.ipynb #00000008
 def _new(classes, width):
     "ResNet-18 with random weights"
-    net = torchvision.models.resnet18(num_classes=classes)
-    if width==64: return net
+    if width==64: return torchvision.models.resnet18(num_classes=classes)
+    with torch.device('meta'): net = torchvision.models.resnet18()
     net.inplanes = width
     net.conv1,net.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False),nn.BatchNorm2d(width)
     for i in range(4):
@@ -46,6 +47,11 @@ def _new(classes, width):
         if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
     return net
 
+@cache
+def _empty(classes, width):
+    "ResNet-18 without weights; made once, for its random numbers take time even where there are none"
+    with torch.device('meta'): return _new(classes, width)
+
 def resnet18(
     classes:int, # Number of outputs
     state:dict=None, # Weights to start from; a head with other classes is left out
@@ -55,7 +61,7 @@ def resnet18(
     "ResNet-18, new or from a state dict. Raises `ValueError` where the body does not fit"
     if state and 'conv1.weight' in state: width = len(state['conv1.weight'])
     if state is not None and len(state.get('fc.bias', ()))==classes:
-        with torch.device('meta'): model = _new(classes, width)
+        model = deepcopy(_empty(classes, width))
         own = model.state_dict()
         if all(k in state and state[k].shape==v.shape for k,v in own.items()):
             model.load_state_dict({k: state[k].clone() for k in own}, assign=True)
@@ -190,25 +196,29 @@ class Folded:
             return F.relu_(F.max_pool2d(x, 3, 2, 1)) # after pooling there is less to do
         return f
 
-    def _layer(self, conv, bn, size, stride, pad):
-        "Function of a batch, and the size of its images"
-        w,b = _fold(self.body, conv, bn)
-        out = (size+2*pad-w.shape[-1])//stride+1
-        if out*out<=_few: return _as_matrices(w, b, size, stride, pad, self.dtype),out
-        w,b = w.to(self.dtype, memory_format=torch.channels_last),b.to(self.dtype)
-        return (lambda x: F.conv2d(x, w, b, stride, pad)),out
-
-    def __call__(self,
-        x:Tensor, # (n, 1, 32, 32), uint8
-    ) -> dict: # `{head: (n, classes)}` logits, float32 on the CPU
-        "Logits of all heads"
-        return logits_together([self], x)[0]
-
-    def _logits(self, x):
-        x = x.mean((2, 3))
-        return {k: F.linear(x, *h).float().cpu() for k,h in self.heads.items()}
-
 # %% ../../nbs/lab/15_convolutions.ipynb #00000014
+@patch
+def _layer(self:Folded, conv, bn, size, stride, pad):
+    "Function of a batch, and the size of its images"
+    w,b = _fold(self.body, conv, bn)
+    out = (size+2*pad-w.shape[-1])//stride+1
+    if out*out<=_few: return _as_matrices(w, b, size, stride, pad, self.dtype),out
+    w,b = w.to(self.dtype, memory_format=torch.channels_last),b.to(self.dtype)
+    return (lambda x: F.conv2d(x, w, b, stride, pad)),out
+
+@patch
+def __call__(self:Folded,
+    x:Tensor, # (n, 1, 32, 32), uint8
+) -> dict: # `{head: (n, classes)}` logits, float32 on the CPU
+    "Logits of all heads"
+    return logits_together([self], x)[0]
+
+@patch
+def _logits(self:Folded, x):
+    x = x.mean((2, 3))
+    return {k: F.linear(x, *h).float().cpu() for k,h in self.heads.items()}
+
+# %% ../../nbs/lab/15_convolutions.ipynb #00000015
 @torch.inference_mode()
 def _shared(networks, part):
     "Logits of several networks for a few images"

@@ -87,6 +87,7 @@ def train(
         raise ValueError(f"{label} diverged to NaN or Inf: lower lr={lr}")
     return model
 
+# %% ../../nbs/lab/20_images.ipynb #00000009
 def _epoch(model, opt, schedule, x, y, batch, seed, bar, tell):
     "One pass over the images; the last loss"
     g,steps = torch.Generator().manual_seed(seed),len(x)//batch
@@ -103,7 +104,7 @@ def _epoch(model, opt, schedule, x, y, batch, seed, bar, tell):
     tell(steps%20)
     return loss.item()
 
-# %% ../../nbs/lab/20_images.ipynb #0000000c
+# %% ../../nbs/lab/20_images.ipynb #0000000d
 def _in_order(sd):
     "A state dict in the order of ResNet-18's layers; files are sorted by name"
     with torch.device('meta'): names = torchvision.models.resnet18().state_dict()
@@ -126,7 +127,7 @@ def cached(
         (home/'unfinished.pt').unlink(missing_ok=True)
     return _in_order(load_file(home/'model.safetensors')),key
 
-# %% ../../nbs/lab/20_images.ipynb #0000000d
+# %% ../../nbs/lab/20_images.ipynb #0000000e
 @dataclass(frozen=True)
 class ImageBudget:
     "How long to train and how much to evaluate"
@@ -158,7 +159,7 @@ def _recipe(task, base_key, budget, seed):
     return dict(kind='expert', version=1, base=base_key, data=digest(task.x, task.y),
         epochs=epochs, lr=budget.lr, batch=budget.batch, seed=seed) | _width(budget)
 
-# %% ../../nbs/lab/20_images.ipynb #0000000f
+# %% ../../nbs/lab/20_images.ipynb #00000010
 def make_base(
     tasks:dict, # `{name: Task}`
     budget:ImageBudget=full,
@@ -200,7 +201,7 @@ def make_expert(
         epochs=recipe['epochs'], lr=budget.lr, batch=budget.batch, seed=seed, resume=tmp, label=task.name,
         progress=progress), cache)
 
-# %% ../../nbs/lab/20_images.ipynb #00000010
+# %% ../../nbs/lab/20_images.ipynb #00000011
 def make_experts(
     jobs:list, # `(Task, ImageBudget, seed)` of each expert
     base:Base, # From `make_base`
@@ -218,7 +219,7 @@ def make_experts(
         for t,b,s in jobs], n_workers, progress)
     return [make_expert(t, base, b, s, cache, progress) for t,b,s in jobs]
 
-# %% ../../nbs/lab/20_images.ipynb #00000015
+# %% ../../nbs/lab/20_images.ipynb #00000016
 class Images(Kind):
     "ResNet-18 on images of 32 × 32 pixels"
     name,paper_estimator = 'images','paper_vision'

@@ -103,6 +103,7 @@ def text_plans(
     def how(s, p): return {} if s=='standard' else dict(estimator='paper_nlp', top=p)
     return {(s, p): lab.plan(s, protocol='paper', **how(s, p)) for s in text_strategies for p in tops}
 
+# %% ../../nbs/lab/60_paper.ipynb #0000000b
 def text_rows(
     lab:Lab, # Of two tasks
     chosen=None, # Not looked at
@@ -138,7 +139,7 @@ def plot_texts(results):
         f'averaged head, labels folded. {caption(results)}{bars}' + ' Hollow: as published (BERT base).'
         * (beside is not None), beside, xlabel='share of tensors, %', ylabel='validation accuracy')
 
-# %% ../../nbs/lab/60_paper.ipynb #0000000c
+# %% ../../nbs/lab/60_paper.ipynb #0000000d
 def noise_like(
     experts:dict, # `{task: state dict}`
     seed:int=0,

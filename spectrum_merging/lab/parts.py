@@ -191,6 +191,7 @@ def chosen_merges(
 
 # %% ../../nbs/lab/50_parts.ipynb #00000010
 def needed(lab, inputs): return f'unlabelled {items(lab)}' if inputs else 'weights'
+
 def items(lab): return next(iter(lab.tasks.values())).items
 
 def aligned_merge(
@@ -222,6 +223,7 @@ def method_rows(
             other.predict(m), plain)
     return rows
 
+# %% ../../nbs/lab/50_parts.ipynb #00000011
 # Shown under statistics of each task and under shared ones; the others under those of each task only.
 _wide = 'task_arithmetic','ridge_mean','tsv_m'
 
@@ -246,7 +248,7 @@ def image_method_rows(
         for s in both: rows += lab.rows(merged.then(f'{repair}(statistics={s})'), table='methods', method=name, needs=n)
     return rows
 
-# %% ../../nbs/lab/50_parts.ipynb #00000013
+# %% ../../nbs/lab/50_parts.ipynb #00000014
 refitted_methods = 'update','task_arithmetic','ridge_mean','tsv_m','regmean','matched'
 
 def head_rows(
@@ -266,7 +268,7 @@ def head_rows(
         rows += tested(lab, found, lab.predict(m), plain)
     return rows
 
-# %% ../../nbs/lab/50_parts.ipynb #00000015
+# %% ../../nbs/lab/50_parts.ipynb #00000016
 def control_rows(
     lab:Lab,
     chosen:dict, # From `choose`: the strategy and share of 'update'
@@ -300,7 +302,7 @@ def control_table(
     worst = one.assign(p=holm(one.p)).groupby('method', sort=False).p.max()
     return compare(rows, 'method', 'SNR').assign(p=lambda o: o.method.map(worst)).round(4)
 
-# %% ../../nbs/lab/50_parts.ipynb #00000017
+# %% ../../nbs/lab/50_parts.ipynb #00000018
 three_methods = 'task_arithmetic','ridge_mean','tsv_m','regmean','matched'
 
 def three_rows(

@@ -10,7 +10,8 @@ __all__ = ['experiments', 'Part', 'Experiment', 'experiment', 'as_frame', 'Resul
 # %% ../../nbs/lab/40_report.ipynb #00000003
 import json, numpy as np, pandas as pd
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from fastcore.basics import patch
 from pathlib import Path
 from ..evaluate import holm, mean_interval, summarise
 from ..layout import read_results, write_results
@@ -73,6 +74,7 @@ def as_frame(
     "Rows as they come back from disk, so that a live table is the one that is read later"
     return pd.DataFrame(json.loads(json.dumps([{k: _plain(v) for k,v in r.items()} for r in records])))
 
+# %% ../../nbs/lab/40_report.ipynb #00000009
 class Results:
     "What a run found; tables and figures come from it alone"
     def __init__(self,
@@ -98,51 +100,56 @@ class Results:
         r = self.part('reference')
         return r.accuracy[(r.task==task) & (r.method==f'expert {task}, own head')].mean()
 
-    def _experiment(self, given):
-        name = self.about['experiment']
-        if given is None and name not in experiments: raise ValueError(f"the experiment {name!r} is unknown here: "
-            f"pass it, or import what defines it; known are {', '.join(experiments)}")
-        return given or experiments[name]
-
-    def tables(self,
-        experiment:Experiment=None, # By default the known one of that name
-    ) -> dict: # `{title: DataFrame}`
-        "The tables, without columns that have nothing to say at this number of seeds. Raises `ValueError`"
-        res = {}
-        for o in self._experiment(experiment).parts:
-            if not o.title or o.shown not in self.have: continue
-            df = o.table(self) if o.table else summary(self, o.shown, list(o.by))
-            if len(df): res[o.title] = df.dropna(axis=1, how='all')
-        return res
-
-    def figures(self,
-        experiment:Experiment=None, # By default the known one of that name
-    ) -> dict: # `{name: Figure}`
-        "The figures. Raises `ValueError`"
-        one = self._experiment(experiment)
-        res = {o.name: o.figure(self) for o in one.parts if o.figure and o.shown in self.have}
-        text = caption(self, None, first=True)
-        if 'paper' in self.scans: res['snr_weights'] = plot_snr(one.snr(self.scans['paper']), caption=text,
-            title="SNR of the weights, paper's formula")
-        res['snr_updates'] = plot_snr(one.snr(self.scans['update']), caption=text,
-            title='SNR of the updates, calibrated')
-        return res
-
-    def save(self,
-        folder, # New or empty
-        experiment:Experiment=None, # By default the known one of that name
-    ) -> Path:
-        "Write rows, scans, tables and figures; the folder appears when it is complete. Raises `FileExistsError`"
-        return write_results(folder, self.rows, self.about, self.scans, self.tables(experiment), self.figures(experiment))
-
-    @classmethod
-    def load(cls,
-        folder, # That `save` wrote
-    ) -> 'Results':
-        "The same results again. Raises `FileNotFoundError`, `ValueError`"
-        return cls(*read_results(folder))
-
 # %% ../../nbs/lab/40_report.ipynb #0000000a
+@patch
+def _experiment(self:Results, given):
+    name = self.about['experiment']
+    if given is None and name not in experiments: raise ValueError(f"the experiment {name!r} is unknown here: "
+        f"pass it, or import what defines it; known are {', '.join(experiments)}")
+    return given or experiments[name]
+
+@patch
+def tables(self:Results,
+    experiment:Experiment=None, # By default the known one of that name
+) -> dict: # `{title: DataFrame}`
+    "The tables, without columns that have nothing to say at this number of seeds. Raises `ValueError`"
+    res = {}
+    for o in self._experiment(experiment).parts:
+        if not o.title or o.shown not in self.have: continue
+        df = o.table(self) if o.table else summary(self, o.shown, list(o.by))
+        if len(df): res[o.title] = df.dropna(axis=1, how='all')
+    return res
+
+@patch
+def figures(self:Results,
+    experiment:Experiment=None, # By default the known one of that name
+) -> dict: # `{name: Figure}`
+    "The figures. Raises `ValueError`"
+    one = self._experiment(experiment)
+    res = {o.name: o.figure(self) for o in one.parts if o.figure and o.shown in self.have}
+    text = caption(self, None, first=True)
+    if 'paper' in self.scans: res['snr_weights'] = plot_snr(one.snr(self.scans['paper']), caption=text,
+        title="SNR of the weights, paper's formula")
+    res['snr_updates'] = plot_snr(one.snr(self.scans['update']), caption=text,
+        title='SNR of the updates, calibrated')
+    return res
+
+@patch
+def save(self:Results,
+    folder, # New or empty
+    experiment:Experiment=None, # By default the known one of that name
+) -> Path:
+    "Write rows, scans, tables and figures; the folder appears when it is complete. Raises `FileExistsError`"
+    return write_results(folder, self.rows, self.about, self.scans, self.tables(experiment), self.figures(experiment))
+
+@patch(cls_method=True)
+def load(cls:Results,
+    folder, # That `save` wrote
+) -> 'Results':
+    "The same results again. Raises `FileNotFoundError`, `ValueError`"
+    return cls(*read_results(folder))
+
+# %% ../../nbs/lab/40_report.ipynb #0000000c
 def caption(
     results:Results,
     split:str='test', # 'test', 'held', or None: only what was trained on
@@ -159,10 +166,11 @@ def caption(
 def significant(
     rows:pd.DataFrame, # With `p` of tests against averaging
     by:list, # Columns that tell methods apart
+    plain=('standard','average'), # What averaging is called
 ) -> pd.DataFrame: # `by`, better, worse
     "In how many seeds and tasks McNemar's test, Holm-adjusted over the table, finds a difference from averaging"
     rows = rows.dropna(subset='p')
-    plain = rows[rows.method.isin(['standard','average'])].set_index(['seed','task']).accuracy
+    plain = rows[rows.method.isin(plain)].set_index(['seed','task']).accuracy
     gain,sure = rows.accuracy-[plain[k] for k in zip(rows.seed, rows.task)],holm(rows.p)<.05
     return rows.assign(better=sure&(gain>0), worse=sure&(gain<0)).groupby(by, sort=False,
         dropna=False)[['better','worse']].sum().astype('Int64').reset_index()

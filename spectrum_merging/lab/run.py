@@ -130,9 +130,25 @@ class _Steps:
         self.took[name] = round(time.perf_counter()-began, 1)
         self.bar.update(cost)
         return res
+    def end(self, res):
+        self.bar.close()
+        return res
 
+# %% ../../nbs/lab/70_run.ipynb #0000000c
 # Training an expert, and choosing settings, in the units of `Part.cost`.
 _expert_cost,_choice_cost = 25,60
+
+def _named(one):
+    "An experiment by its name, or itself. Raises `ValueError`"
+    if not isinstance(one, str): return one
+    if one not in experiments: raise ValueError(f"experiment {one!r} is unknown: choose one of {', '.join(experiments)}")
+    return experiments[one]
+
+def _budget(one, budget):
+    "A budget by its name, or itself. Raises `ValueError`"
+    if not isinstance(budget, str): return budget
+    if budget not in one.budgets: raise ValueError(f"budget is {budget!r}: {one.name} has {', '.join(one.budgets)}")
+    return one.budgets[budget]
 
 def _check(one, seeds, experts, parts):
     "Raise `ValueError` for what does not go together"
@@ -141,7 +157,7 @@ def _check(one, seeds, experts, parts):
     if bad := [o for o in parts if o not in one.part_names()]:
         raise ValueError(f"part {bad[0]!r} is unknown: choose among {', '.join(one.part_names())}")
 
-# %% ../../nbs/lab/70_run.ipynb #0000000c
+# %% ../../nbs/lab/70_run.ipynb #0000000d
 def _choose(one, lab, step):
     "Settings of the first seed"
     def f(): return p.choose(lab, one.grid(lab) if one.grid else [], one.candidates)
@@ -160,7 +176,7 @@ def _tasks(one, tasks, root, cache, three):
     if len(loaded)>2: return pair,dict(sorted(loaded.items()))
     return pair,one.third(pair, root) if one.third else None
 
-# %% ../../nbs/lab/70_run.ipynb #0000000d
+# %% ../../nbs/lab/70_run.ipynb #0000000e
 def run(
     one:Experiment|str, # `vision`, `sst2_cola`, its name, or yours
     root=None, # Folder of data; by default SPECTRUM_DATA, a download, made-up data
@@ -179,15 +195,15 @@ def run(
     show:Callable=None, # Called with title and table as soon as a table of the first seed is there
 ) -> Results:
     "Experts trained, scanned, merged, repaired, scored. Raises what the kind raises, `ValueError`, `FileExistsError`"
-    one = experiments[one] if isinstance(one, str) else one
+    one,began,rows = _named(one),time.perf_counter(),[]
     names = list(parts if parts is not None else one.quick if budget=='quick' and one.quick else one.part_names())
     _check(one, seeds, experts, names)
     out = None if out is False else new_folder(out, one.name)
-    effort = one.budgets[budget] if isinstance(budget, str) else budget
+    effort = _budget(one, budget)
     todo = [o for o in one.parts if o.rows and (o.name in names or o.name=='reference')]
     pair,three = _tasks(one, tasks, root, cache, any(o.wide for o in todo) and not experts)
     todo = [o for o in todo if three or not o.wide]
-    span,began,rows = range(seed, seed+seeds),time.perf_counter(),[]
+    span = range(seed, seed+seeds)
     limited = {k: one.kind.limited(t, effort) for k,t in pair.items()}
     jobs = _jobs(one, todo, effort, pair, three, span)
     cost = sum(o.cost*(1 if o.once else seeds) for o in todo)+_choice_cost*(chosen is None)
@@ -195,7 +211,7 @@ def run(
     start = step('base', _expert_cost, lambda: base if isinstance(base, Base) else
         one.kind.find_base(limited, effort, base, seed, cache, progress))
     if not experts: step('experts', _expert_cost*len(jobs), one.kind.train, jobs, start, cache, progress)
-    wide,shown = None,set()
+    wide,shown = None,{}
     for s in span:
         lab,third = Lab(one.kind, pair, effort, start, s, cache, progress, experts),None
         if s==seed: scans = _scans(lab)
@@ -208,12 +224,11 @@ def run(
             rows += step(f'seed {s}: {o.name}', o.cost, o.rows, *((third, wide) if o.wide else (lab, chosen)))
             about = _about(one, start, effort, limited, span, chosen, wide, began, step.took)
             if show and s==seed: _show(one, Results(rows, about, scans), show, shown)
-    step.bar.close()
-    res = Results(rows, about, scans)
+    res = step.end(Results(rows, about, scans))
     if out: res.save(out, one)
     return res
 
-# %% ../../nbs/lab/70_run.ipynb #0000000e
+# %% ../../nbs/lab/70_run.ipynb #0000000f
 def _jobs(one, todo, effort, pair, three, span):
     "`(task, budget, seed)` of all experts, the first seed's third one among them where it is needed once"
     wide,res = [o for o in todo if o.wide],[]
@@ -237,7 +252,7 @@ def _about(one, start, effort, tasks, span, chosen, wide, began, took):
         seeds=list(span), chosen=chosen, chosen_for_three=wide or {}, **_machine())
 
 def _show(one, results, show, shown):
-    "Show tables that are new"
+    "Show tables that are new, or that say more now"
     for title,df in results.tables(one).items():
-        if title not in shown: show(title, df)
-        shown.add(title)
+        if title not in shown or not df.equals(shown[title]): show(title, df)
+        shown[title] = df

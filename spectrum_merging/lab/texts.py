@@ -88,6 +88,7 @@ def _open_base(path):
     words = vocabulary(load_tokenizer(path))
     return Base(str(path), sd, digest(sorted(sd), words, *(sd[k] for k in sorted(sd))))
 
+# %% ../../nbs/lab/25_texts.ipynb #00000008
 def find_base(
     base=None, # Folder or hub id; by default MiniLM if installed, else bert-base-uncased, else tiny
     cache=None, # Folder for a tiny one; by default `cache_dir`
@@ -110,7 +111,7 @@ def tiny_base(
         with suppress(FileExistsError), atomic_folder(folder) as tmp: _write_tiny_base(tmp)
     return _open_base(folder)
 
-# %% ../../nbs/lab/25_texts.ipynb #0000000b
+# %% ../../nbs/lab/25_texts.ipynb #0000000c
 class Padded(nn.Module):
     "A classifier of token ids and their mask in one tensor (n, 2, tokens)"
     def __init__(self, module):
@@ -140,7 +141,7 @@ def text_batches(
     parts = [order[i:i+size] for i in range(0, len(order), size)]
     return [(ix, _pad(tokenizer, [ids[i] for i in ix])) for ix in parts]
 
-# %% ../../nbs/lab/25_texts.ipynb #0000000f
+# %% ../../nbs/lab/25_texts.ipynb #00000010
 @dataclass(frozen=True)
 class TextBudget:
     "How long to train and how much to evaluate"
@@ -192,7 +193,7 @@ class WeightMean:
         with torch.no_grad():
             for k,v in self.mean.items(): self.params[k].copy_(v)
 
-# %% ../../nbs/lab/25_texts.ipynb #00000010
+# %% ../../nbs/lab/25_texts.ipynb #00000011
 def balanced_loss(
     task:Task, # Whose classes are counted
 ):
@@ -220,6 +221,7 @@ def _arguments(folder, recipe):
         save_steps=250, save_total_limit=2, logging_strategy='no', report_to='none',
         disable_tqdm=True, dataloader_pin_memory=False)
 
+# %% ../../nbs/lab/25_texts.ipynb #00000012
 def _fine_tune(task, base, recipe, folder, tell):
     "The trained model; states are kept in `folder`"
     from datasets import Dataset
@@ -247,7 +249,7 @@ def _fine_tune(task, base, recipe, folder, tell):
         raise ValueError(f"training {task.name} diverged to NaN or Inf: lower lr={recipe['lr']}")
     return model.cpu(),tok
 
-# %% ../../nbs/lab/25_texts.ipynb #00000011
+# %% ../../nbs/lab/25_texts.ipynb #00000013
 @contextmanager
 def _alone(folder):
     "Wait until no other process trains here, where the system has locks"
@@ -299,7 +301,7 @@ def text_experts(
         for t,b,s in jobs], n_workers, progress)
     return [text_expert(t, base, b, s, cache, progress) for t,b,s in jobs]
 
-# %% ../../nbs/lab/25_texts.ipynb #00000015
+# %% ../../nbs/lab/25_texts.ipynb #00000017
 class Texts(Kind):
     "Encoders with a classification head on sentences"
     name,paper_estimator = 'texts','paper_nlp'

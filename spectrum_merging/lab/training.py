@@ -177,6 +177,7 @@ def inputs(self:Kind, lab, task, n, draw=0) -> Tensor: # (≤ n, …)
     x = lab.tasks[task].x
     return ordered(self.prepare(lab, take(x, self.pick(len(x), n, lab.seed, draw))))
 
+# %% ../../nbs/lab/05_training.ipynb #00000014
 @patch
 def batches(self:Kind, lab, task, n, draw=0) -> tuple: # List of inputs; list of (items, positions), or None
     "Unlabelled inputs of a task in batches, and which positions are no padding"
@@ -204,7 +205,7 @@ def logits(self:Kind, lab, module, heads, x) -> dict: # `{head: (n, classes)}`
     "Logits of items under every head, from one pass through the body"
     return logits_of_heads(module, heads, self.prepare(lab, x), self.inner(module))
 
-# %% ../../nbs/lab/05_training.ipynb #00000015
+# %% ../../nbs/lab/05_training.ipynb #00000016
 def _head_module(names):
     "Name of the smallest module that holds all parameters of a head; '' for the whole network"
     return '.'.join(commonprefix([o.split('.')[:-1] for o in names]))

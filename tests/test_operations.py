@@ -4,15 +4,16 @@ from functools import partial
 from hypothesis import given, settings, strategies as st
 from pathlib import Path
 from safetensors.torch import load_file, save_file
-from spectrum_merging import folder, stream, subspace
+from spectrum_merging import folder, stream
 from spectrum_merging.cli import merge_cli
 from spectrum_merging.interop import to_mergekit
 from spectrum_merging.merge import load_task, merge
-from spectrum_merging.plan import (Plan, PreflightError, is_update_rule, make_plan, mixture,
-    tensor_name, update_plan)
+from spectrum_merging.operations import *
+from spectrum_merging.plan import Plan, make_plan, mixture, tensor_name
+from spectrum_merging.preflight import PreflightError
+from spectrum_merging.rules import recipe, rules as known
 from spectrum_merging.spectrum import shrink
 from spectrum_merging.strategies import lines, snr_gate, task_arithmetic
-from spectrum_merging.subspace import *
 from spectrum_merging.verify import verify
 from threadpoolctl import threadpool_info, threadpool_limits
 from unittest.mock import patch
@@ -269,11 +270,11 @@ def test_zero_and_extremes(name):
     for a,b in zip(ds, before): close(a, b, 0)
 
 @pytest.mark.parametrize('text', ['ridge_mean', 'tsv_m', 'iso_c', 'shrink_mean', 'ties', 'dare', 'slerp', 'regmean'])
-def test_apply(text):
+def test_run_operation(text):
     "Any shape; kernels as (out, in·kh·kw); the base itself where nothing was learnt"
-    op = operation(text)
+    what = recipe(text, 'matrix')
     for shape in ((4, 3, 2, 2), (5, 6), (7,), ()):
-        if len(shape)<2 and text not in subspace.entrywise: continue
+        if len(shape)<2 and not what.rule.entrywise: continue
         W0 = np.asarray(normal(*shape) if shape else 1.3)
         ws = [W0+.1*np.random.default_rng(i).normal(size=shape) for i in (1, 2)]
         flat = [w.reshape(shape[0] if len(shape)>1 else 1, -1) for w in (W0, *ws)]
@@ -281,11 +282,11 @@ def test_apply(text):
         grams = [np.eye(n), 2*np.eye(n)]
         ds = [c*(w-flat[0]) for c,w in zip([.5, 2.], flat[1:])]
         want = (slerp(flat[1:], [.5, 2.]) if text=='slerp' else
-            flat[0]+(regmean(ds, grams) if text=='regmean' else op.f(ds)))
-        got = subspace.apply(op, ws, W0, [.5, 2.], grams)
+            flat[0]+(regmean(ds, grams) if text=='regmean' else what.rule.f(ds)))
+        got = run_operation(what, ws, W0, [.5, 2.], grams)
         assert np.shape(got)==shape
         close(got, want.reshape(shape), 1e-12)
-        still = subspace.apply(op, [W0, W0], W0, [1., 1.], grams)
+        still = run_operation(what, [W0, W0], W0, [1., 1.], grams)
         if text=='slerp': close(still, W0, 1e-12)
         else: assert np.asarray(still).tobytes()==W0.tobytes()
 
@@ -299,7 +300,7 @@ def test_one_blas_thread(workers):
         seen.append(threads())
         return real(row, sources)
     sds = [{f'l{j}.weight': torch.from_numpy(normal(5, 5, seed=10*i+j)) for j in range(6)} for i in range(3)]
-    plan = update_plan('tsv_m', sds[1:], sds[0], heads=[])
+    plan = make_plan('tsv_m', sds[1:], sds[0], heads=[])
     with threadpool_limits(2, 'blas'), patch.object(stream, '_whole', slow):
         before = threads()
         merge(plan, sds[1:], sds[0], n_workers=workers)
@@ -310,7 +311,7 @@ def test_one_blas_thread(workers):
 
 # --- operations as text
 
-@pytest.mark.parametrize('text,words', [('', 'unknown'), ('sum', "'sum' is unknown: choose 'linear' or one of ridge_mean"),
+@pytest.mark.parametrize('text,words', [('', 'unknown'), ('sum', "'sum' is unknown: choose one of 'regmean', 'ridge_mean'"),
     ('ties(', 'unknown'), ('ties)', 'unknown'), ('ties(density=.1', 'unknown'), ('ties(density=.1)x', 'unknown'),
     ('ridge_mean(.3)', "no setting '.3': it takes eps"), ('shrink_mean(eps=1)', 'it takes none'),
     ('slerp(mix=1)', 'it takes none'), ('regmean(grams=1)', 'it takes alpha'), ('ridge_mean(eps)', "eps is '', not a number"),
@@ -322,8 +323,10 @@ def test_one_blas_thread(workers):
     ('tsv_m(share=2)', 'share is 2.0'), ('iso_c(beta=nan)', 'beta is nan'), ('iso_c(beta=2)', 'beta is 2.0'),
     ('regmean(alpha=-.1)', 'alpha is -0.1')])
 def test_wrong_operation(text, words):
-    with pytest.raises(ValueError) as e: operation(text)
+    with pytest.raises(ValueError) as e: recipe(text, 'matrix', 'operation')
     assert words in str(e.value) and text.partition('(')[0] in str(e.value)
+
+def operation(text): return recipe(text, 'matrix')
 
 def test_operation_text():
     assert operation(' ridge_mean ( eps = .10 ) ').text=='ridge_mean(eps=0.1)'
@@ -395,9 +398,9 @@ def wide(t): return t.double().numpy()
 def test_plan(rule, net, n):
     "Every tensor gets what its row says, made from the formulas"
     ms,base = experts(net, n),nets[net](0)
-    plan = update_plan(rule, ms, base, scale=.7)
+    plan = make_plan(rule, ms, base, scale=.7)
     got = merge(plan, ms, base)
-    op = operation(rule)
+    what = recipe(rule, 'matrix')
     assert set(got)=={f'{k}@{m}' if k.startswith(('fc', 'classifier')) else k for k in base for m in ms}
     kernels = 0
     for r in plan.table.to_dict('records'):
@@ -405,12 +408,12 @@ def test_plan(rule, net, n):
         t = got[r['name']]
         if r['role']=='head': want = ms[r['name'].partition('@')[2]][k]
         elif r['role']=='buffer': want = ts[0]
-        elif r['role']=='matrix' or op.name in entrywise and r['role'] in ('norm', 'bias', 'embedding'):
-            assert r['op']==op.text and r['base']==(op.name!='slerp') and r['t2']==.7
+        elif r['role']=='matrix' or what.rule.entrywise and r['role'] in ('norm', 'bias', 'embedding'):
+            assert r['op']==what.text and r['base']==(what.rule.name!='slerp') and r['t2']==.7
             kernels += t.ndim==4
             w0,*ws = [wide(o).reshape(len(o) if o.ndim>1 else 1, -1) for o in (base[k], *ts)]
-            want = (slerp(ws, [1]*n) if op.name=='slerp'
-                else w0+op.f([.7*(w-w0) for w in ws], **op.settings))
+            want = (slerp(ws, [1]*n) if what.rule.name=='slerp'
+                else w0+what.rule.f([.7*(w-w0) for w in ws], **what.settings))
             want = torch.from_numpy(want.reshape(t.shape)).to(t.dtype)
         else:
             assert r['op']=='linear' and r['base']==0 and np.isclose(r['t1'], 1/n)
@@ -419,7 +422,7 @@ def test_plan(rule, net, n):
         assert t.dtype==want.dtype and torch.allclose(t, want, rtol=1e-5, atol=counts or 1e-6), r['name']
     roles = set(plan.table.role[plan.table.op!='linear'])
     assert kernels==(net=='resnet')*6
-    assert roles==({'matrix'} if op.name not in entrywise else
+    assert roles==({'matrix'} if not what.rule.entrywise else
         {'matrix', 'norm'} if net=='resnet' else {'matrix', 'norm', 'bias', 'embedding'})
 
 def test_kernels_as_reshaped():
@@ -427,15 +430,15 @@ def test_kernels_as_reshaped():
     ms,base = [{'c.weight': randn(i)(6, 4, 3, 3)} for i in (1, 2)],{'c.weight': randn(0)(6, 4, 3, 3)}
     def flat(sd): return {k: v.flatten(1) for k,v in sd.items()}
     for rule in rules:
-        a = merge(update_plan(rule, ms, base, heads=[]), ms, base)['c.weight']
+        a = merge(make_plan(rule, ms, base, heads=[]), ms, base)['c.weight']
         fs = [flat(m) for m in ms]
-        b = merge(update_plan(rule, fs, flat(base), heads=[]), fs, flat(base))['c.weight']
+        b = merge(make_plan(rule, fs, flat(base), heads=[]), fs, flat(base))['c.weight']
         assert bits(a.flatten(1))==bits(b)
 
 @pytest.mark.parametrize('rule', rules)
 def test_models_equal_to_the_base(rule):
     base = bert(0, dtype=torch.bfloat16)
-    got = merge(update_plan(rule, [base, base], base, heads=[]), [base, base], base)
+    got = merge(make_plan(rule, [base, base], base, heads=[]), [base, base], base)
     for k,v in base.items():
         if rule=='slerp': assert torch.allclose(got[k], v, rtol=2**-7) # norms are taken apart and put back
         else: assert bits(got[k])==bits(v), k
@@ -445,7 +448,7 @@ def test_models_equal_to_the_base(rule):
 def test_plan_by_layer(rule, net):
     "Coefficients of all that is merged add up to 1 with the base's; merged like a weighted sum"
     ms,base = experts(net, 3),nets[net](0)
-    plan = update_plan(rule, ms, base, scale=.4)
+    plan = make_plan(rule, ms, base, scale=.4)
     t = plan.table[~plan.table.role.isin(['head', 'buffer', 'stat'])]
     assert np.allclose(t[['base', *ms]].to_numpy().sum(1), 1) and (t.op=='linear').all()
     assert (t.groupby('unit')[list(ms)].nunique()==1).all().all()
@@ -454,7 +457,7 @@ def test_plan_by_layer(rule, net):
         want = sum(r[m]*wide(dict(ms, base=base)[m][r['name']]) for m in ('base', *ms))
         assert np.allclose(wide(got[r['name']]), want, atol=1e-5)
     if rule=='task_arithmetic': assert set(t.t1)=={.4}
-    half = update_plan(rule, ms, base)
+    half = make_plan(rule, ms, base)
     assert half.meta['scale']==1/3 and half.digest!=plan.digest
 
 def test_lines_by_depth(tmp_path):
@@ -463,7 +466,7 @@ def test_lines_by_depth(tmp_path):
     ms = {f't{i}': bert(i, layers=12) for i in (1, 2)}
     for k,sd in dict(ms, base=base).items(): save_file(sd, tmp_path/f'{k}.safetensors')
     for models,b in ((ms, base), ({k: tmp_path/f'{k}.safetensors' for k in ms}, tmp_path/'base.safetensors')):
-        plan = update_plan('lines(slope=1.5)', models, b)
+        plan = make_plan('lines(slope=1.5)', models, b)
         t = plan.table[plan.table.role=='matrix'].set_index('name').t1
         first = [t[f'bert.encoder.layer.{i}.output.dense.weight'] for i in range(12)]
         assert first==sorted(first) and len(set(first))==12
@@ -493,12 +496,12 @@ def test_tied_weights(tmp_path):
         return {'model.embed.weight': emb, 'l.weight': randn(seed+5)(6, 6), 'lm_head.weight': emb}
     ms,base = {'a': net(1), 'b': net(2)},net(0)
     for rule in ('tsv_m', 'ties', 'task_arithmetic', 'lines'):
-        plan = update_plan(rule, ms, base)
+        plan = make_plan(rule, ms, base)
         got = merge(plan, ms, base)
         assert got['lm_head.weight'].equal(got['model.embed.weight'])
         disk = load_task(merge(plan, ms, base, tmp_path/rule))
         assert {k: bits(v) for k,v in got.items()}=={k: bits(v) for k,v in disk.items()}
-    assert (update_plan('tsv_m', ms, base).table.set_index('name').op[['model.embed.weight', 'lm_head.weight']]
+    assert (make_plan('tsv_m', ms, base).table.set_index('name').op[['model.embed.weight', 'lm_head.weight']]
         =='linear').all()
 
 # --- plans in files
@@ -507,7 +510,7 @@ def test_plan_file(tmp_path):
     ms,base = experts('bert', 2),bert(0)
     digests = set()
     for i,rule in enumerate([*rules, 'regmean(alpha=0.5)', 'ridge_mean(eps=0.2)', 'ridge_mean']):
-        plan = update_plan(rule, ms, base)
+        plan = make_plan(rule, ms, base)
         back = Plan.load(plan.save(tmp_path/f'{i}.csv'))
         assert back.digest==plan.digest and back.table.op.tolist()==plan.table.op.tolist()
         assert back.meta==plan.meta and back.meta['strategy']==operation(rule).text
@@ -529,7 +532,7 @@ def test_plan_file(tmp_path):
 
 def test_explain_and_diff(tmp_path):
     ms,base = experts('bert', 2),bert(0)
-    a,b = (update_plan(f'ridge_mean(eps={e})', ms, base) for e in (.1, .2))
+    a,b = (make_plan(f'ridge_mean(eps={e})', ms, base) for e in (.1, .2))
     assert 'ridge_mean(eps=0.1) of base, t1, t2 (at scale 1)' in a.explain('bert.pooler.dense')
     d = a.diff(b)
     assert (d.this=='ridge_mean(eps=0.1) of base, t1, t2').all()
@@ -542,9 +545,14 @@ def test_explain_and_diff(tmp_path):
         to_mergekit(a, dict(t1='x', t2='y'), tmp_path/'p.yml', base='z', task='t1')
     assert not list(tmp_path.iterdir())
 
-def test_is_update_rule():
-    assert all(map(is_update_rule, [*rules, 'lines', 'snr_gate(tau=1)', ' tsv_m', 'ties (density=.1)']))
-    assert not any(map(is_update_rule, ['standard', 'linear', '', 'snr_winner', 'tsv']))
+def test_adds():
+    "Which rules add updates to the base, and so need one"
+    assert all(recipe(o).rule.adds and recipe(o).rule.base
+        for o in [*rules, 'lines', 'snr_gate(tau=1)', ' tsv_m', 'ties (density=.1)'] if o!='slerp')
+    assert not any(recipe(o).rule.adds for o in ['standard', 'snr_winner', 'base_reset', 'slerp'])
+    for o in ('linear', '', 'tsv'):
+        with pytest.raises(ValueError, match='is unknown'): recipe(o)
+
 
 # --- folders
 
@@ -562,15 +570,15 @@ def write(d, net='bert', n=2, **kw):
 def test_memory_is_folder(net, dtype, rule, tmp_path):
     "To the bit, whatever shards, blocks and workers; nothing differs but the shards"
     models,base = write(tmp_path/'in', net, dtype=dtype)
-    plan = update_plan(rule, models, base, scale=.8)
+    plan = make_plan(rule, models, base, scale=.8)
     want = merge(plan, models, base)
     sds = {k: load_file(o/'model.safetensors') for k,o in dict(models, base=base).items()}
     held = merge(plan, {k: sds[k] for k in models}, sds['base'], n_workers=2)
     assert {k: bits(v) for k,v in held.items()}=={k: bits(v) for k,v in want.items()}
     seen = {}
-    for shard,workers,block,task in ((10**9, 1, 1<<19, 1<<22), (10**9, 2, 16, 40), (2500, 1, 104, 104), (1, 2, 8, 16)):
+    for shard,workers,block,piece in ((10**9, 1, 1<<19, 1<<22), (10**9, 2, 16, 40), (2500, 1, 104, 104), (1, 2, 8, 16)):
         out = tmp_path/f'out{shard}-{workers}'
-        with patch.object(stream, 'BLOCK', block), patch.object(stream, 'TASK', task):
+        with patch.object(stream, 'BLOCK', block), patch.object(stream, 'PIECE', piece):
             merge(plan, models, base, out, shard_size=shard, n_workers=workers)
         for task in models:
             got = load_task(out, task)
@@ -589,7 +597,7 @@ def test_other_types(tmp_path):
     models,base = write(tmp_path/'in', dtype=torch.float32)
     half = {k: v.half() if v.is_floating_point() else v for k,v in load_file(base/'model.safetensors').items()}
     save_file(half, base/'model.safetensors')
-    plan = update_plan('tsv_m', models, base)
+    plan = make_plan('tsv_m', models, base)
     want = merge(plan, models, base, dtype='float64')
     out = merge(plan, models, base, tmp_path/'out', dtype='bfloat16')
     assert verify(out, all=True).ok.all()
@@ -600,7 +608,7 @@ def test_other_types(tmp_path):
 
 def test_flipped_byte(tmp_path):
     models,base = write(tmp_path/'in', 'resnet')
-    out = merge(update_plan('ridge_mean', models, base), models, base, tmp_path/'out')
+    out = merge(make_plan('ridge_mean', models, base), models, base, tmp_path/'out')
     file,rng = out/'model.safetensors',random.Random(0)
     whole = file.read_bytes()
     for at in [len(whole)-1]+[rng.randrange(4096, len(whole)) for _ in range(4)]:
@@ -619,22 +627,22 @@ slow = '''
 import sys, time
 from spectrum_merging import folder, stream
 from spectrum_merging.merge import merge
-from spectrum_merging.plan import update_plan
+from spectrum_merging.plan import make_plan
 folder.FLUSH = 1
-real = stream._run_task
+real = stream._run_piece
 def slow(*a):
     time.sleep(.03)
     return real(*a)
-stream._run_task = slow
+stream._run_piece = slow
 d,out = sys.argv[1:]
 models,base = {k: f'{d}/{k}' for k in ('t1', 't2')},f'{d}/base'
-merge(update_plan('tsv_m', models, base), models, base, out, n_workers=2)
+merge(make_plan('tsv_m', models, base), models, base, out, n_workers=2)
 '''
 
 def test_kill_and_continue(tmp_path):
     "kill -9 with operations half done, five times; in the end the same bytes"
     models,base = write(tmp_path/'in')
-    whole = all_bytes(merge(update_plan('tsv_m', models, base), models, base, tmp_path/'whole'))
+    whole = all_bytes(merge(make_plan('tsv_m', models, base), models, base, tmp_path/'whole'))
     out,journal = tmp_path/'out',tmp_path/'.out.partial/journal'
     def start(): return subprocess.Popen([sys.executable, '-c', slow, tmp_path/'in', out])
     def lines(): return journal.read_text().count('\n') if journal.exists() else 0
@@ -647,13 +655,13 @@ def test_kill_and_continue(tmp_path):
 
 def test_continues_without_doing_again(tmp_path):
     models,base = write(tmp_path/'in')
-    plan = update_plan('ties', models, base)
+    plan = make_plan('ties', models, base)
     def stop(self): raise KeyboardInterrupt
     with patch.object(folder.Partial, 'finish', stop), pytest.raises(KeyboardInterrupt):
         merge(plan, models, base, tmp_path/'out')
     with pytest.raises(FileExistsError, match='unfinished merge of other'):
-        merge(update_plan('ties(density=0.3)', models, base), models, base, tmp_path/'out')
-    with patch.object(stream, '_run_task', lambda *a: pytest.fail('did it again')):
+        merge(make_plan('ties(density=0.3)', models, base), models, base, tmp_path/'out')
+    with patch.object(stream, '_run_piece', lambda *a: pytest.fail('did it again')):
         merge(plan, models, base, tmp_path/'out')
     assert verify(tmp_path/'out', all=True).ok.all()
 
@@ -674,7 +682,7 @@ def test_same_bytes_whoever_does_it(tmp_path):
             seen.append(all_bytes(out))
         assert all(o==seen[0] for o in seen[1:])
         models = {k: tmp_path/f'{k}.safetensors' for k in 'ab'} # in threads of this process
-        here = merge(update_plan(rule, models, tmp_path/'base.safetensors'), models, tmp_path/'base.safetensors')
+        here = merge(make_plan(rule, models, tmp_path/'base.safetensors'), models, tmp_path/'base.safetensors')
         assert {k: bits(v) for k,v in here.items()}=={k: bits(v) for k,v in load_task(out).items()}
 
 # --- moments of inputs
@@ -693,7 +701,7 @@ def test_grams(net, tmp_path):
     models,base = write(tmp_path/'in', net)
     sds = {k: load_file(o/'model.safetensors') for k,o in dict(models, base=base).items()}
     grams = {k: measured(sds['base'], i) for i,k in enumerate(models)}
-    plan = update_plan('regmean(alpha=0.8)', models, base)
+    plan = make_plan('regmean(alpha=0.8)', models, base)
     assert 'regmean(alpha=0.8)' in set(plan.table.op)
     want = merge(plan, models, base, grams=grams)
     k = 'layer2.0.conv1.weight' if net=='resnet' else 'bert.encoder.layer.1.output.dense.weight'
@@ -725,7 +733,7 @@ def test_grams(net, tmp_path):
 
 def test_wrong_grams(tmp_path):
     models,base = experts('bert', 2),bert(0)
-    plan,k = update_plan('regmean', models, base),'bert.pooler.dense.weight'
+    plan,k = make_plan('regmean', models, base),'bert.pooler.dense.weight'
     good = {m: measured(base, i) for i,m in enumerate(models)}
     def spoilt(**kw): return good | dict(t2=good['t2'] | kw)
     for grams,words in ((None, 'needs moments of 12 inputs of t1, found none'),
@@ -744,19 +752,19 @@ def test_wrong_grams(tmp_path):
 # --- wrong input
 
 @pytest.mark.parametrize('rule,kw,words', [
-    ('sum', {}, "rule is 'sum': choose one of task_arithmetic"), ('linear', {}, "rule is 'linear'"),
-    ('standard', {}, 'make_plan knows other'), ('tsv_m(eps=1)', {}, "tsv_m has no setting 'eps': it takes share"),
+    ('sum', {}, "strategy 'sum' is unknown: choose one of 'standard'"), ('linear', {}, "strategy 'linear' is unknown"),
+    ('standard', dict(scale=.5), "no use for 'scale'"), ('tsv_m(eps=1)', {}, "tsv_m has no setting 'eps': it takes share"),
     ('ridge_mean(eps=0)', {}, 'eps is 0.0'), ('ties(density=2)', {}, 'density is 2.0'),
     ('ties', dict(base=None), "'ties' adds updates to the base: pass base="), ('lines', dict(base=None), 'pass base='),
     ('tsv_m', dict(scale=nan), 'scale is nan'), ('lines', dict(scale=inf), 'scale is inf'),
-    ('tsv_m', dict(n=1), '1 model'), ('tsv_m', dict(n=0), '0 model'), ('lines(slope=x)', {}, "'slope' is no setting"),
-    ('lines(slope=nan)', {}, "'slope'"), ('lines(tau=1)', {}, "'tau' is no setting of lines"),
-    ('lines(slope=1', {}, 'is no rule'), ('snr_gate(tau=0)', {}, 'tau is 0.0'), ('snr_gate(power=-1)', {}, 'power is -1'),
+    ('tsv_m', dict(n=1), '1 model'), ('tsv_m', dict(n=0), '0 model'), ('lines(slope=x)', {}, "slope is 'x', not a number"),
+    ('lines(slope=nan)', {}, 'slope is nan: pass a finite number'), ('lines(tau=1)', {}, "lines has no setting 'tau': it takes slope"),
+    ('lines(slope=1', {}, 'with settings in parentheses'), ('snr_gate(tau=0)', {}, 'tau is 0.0'), ('snr_gate(power=-1)', {}, 'power is -1'),
     ('task_arithmetic(1)', {}, 'it takes none'), ('tsv_m', dict(heads=['nowhere']), "head 'nowhere'")])
 def test_wrong_rule(rule, kw, words):
     kw = dict(kw)
     models,base = list(experts('bert', 3).values())[:kw.pop('n', 2)],kw.pop('base', bert(0))
-    with pytest.raises(ValueError) as e: update_plan(rule, models, base, **kw)
+    with pytest.raises(ValueError) as e: make_plan(rule, models, base, **kw)
     assert words in str(e.value)
 
 def edited(k, **values):
@@ -772,7 +780,7 @@ k = 'bert.encoder.layer.0.output.dense.weight'
     ('tsv_m', edited('bert.embeddings.position_ids', op='ties', base=1.), 'position_ids is no float tensor and gets ties')])
 def test_edited_plan(rule, edit, words, tmp_path):
     models,base = experts('bert', 2),bert(0)
-    plan = update_plan(rule, models, base)
+    plan = make_plan(rule, models, base)
     edit(plan.table)
     for out in (None, tmp_path/'out'):
         with pytest.raises(PreflightError) as e: merge(plan, models, base, out)
@@ -785,11 +793,11 @@ def test_integers_and_float8():
         sd = {'l.weight': torch.ones(4, 4).to(kind), 'm.weight': randn(0)(4, 4)}
         table = pd.DataFrame([dict(name=k, unit=k, role='matrix', op='slerp', base=0., a=1., b=0.) for k in sd])
         with pytest.raises(PreflightError, match=words): merge(Plan(table, dict(models=['a', 'b'])), [sd, sd])
-    plan = update_plan('tsv_m', experts('resnet', 2), resnet(0))
+    plan = make_plan('tsv_m', experts('resnet', 2), resnet(0))
     t = plan.table.set_index('name')
     assert t.op['bn1.num_batches_tracked']==t.op['bn1.running_mean']=='linear'
     sd = {'l.weight': torch.ones(4, 4, dtype=torch.int32), 'm.weight': randn(0)(4, 4)}
-    assert update_plan('ties', [sd, sd], sd, heads=[]).table.op.tolist()==['linear', 'ties']
+    assert make_plan('ties', [sd, sd], sd, heads=[]).table.op.tolist()==['linear', 'ties']
 
 @pytest.mark.parametrize('rule', ['tsv_m', 'slerp', 'dare', 'lines'])
 @pytest.mark.parametrize('who', ['t2', 'base'])
@@ -800,7 +808,7 @@ def test_not_finite(rule, who, value, tmp_path):
     all_[who] = dict(all_[who], **{k: all_[who][k].clone()})
     all_[who][k][1,2] = value
     base = all_.pop('base')
-    plan = update_plan(rule, all_, base)
+    plan = make_plan(rule, all_, base)
     n = '1 NaN and 0 Inf' if value!=value else '0 NaN and 1 Inf'
     for out in (None, tmp_path/'out'):
         with pytest.raises(ValueError, match=f'{k} of {who} holds {n}'): merge(plan, all_, base, out)
@@ -811,11 +819,11 @@ def test_too_large_and_opposite(tmp_path):
     sd = {'l.weight': randn(0)(4, 4).half()}
     big = {'l.weight': (60000*torch.ones(4, 4)).half()}
     with pytest.raises(ValueError, match='l.weight gets values that float16 cannot hold'):
-        merge(update_plan('shrink_mean', [big, big], sd, heads=[]), [big, big], sd, tmp_path/'out')
+        merge(make_plan('shrink_mean', [big, big], sd, heads=[]), [big, big], sd, tmp_path/'out')
     ms = [sd, {'l.weight': -sd['l.weight']}]
     with pytest.raises(ValueError, match='l.weight cannot get slerp: .*opposite'):
-        merge(update_plan('slerp', ms, sd, heads=[]), ms, sd, tmp_path/'out')
-    with pytest.raises(ValueError, match='pass base='): merge(update_plan('ties', ms, sd, heads=[]), ms)
+        merge(make_plan('slerp', ms, sd, heads=[]), ms, sd, tmp_path/'out')
+    with pytest.raises(ValueError, match='pass base='): merge(make_plan('ties', ms, sd, heads=[]), ms)
     assert not list(tmp_path.iterdir())
 
 # --- the command
@@ -831,7 +839,7 @@ def test_command(tmp_path):
     text = run('spectrum-merge', *given, '--base', base, '--strategy', 'ridge_mean(eps=0.2)', '--scale', .6,
         '--out', tmp_path/'out')
     assert 'ridge_mean(eps=0.2) of base, 0.6·t1, 0.6·t2' in text
-    want = merge(update_plan('ridge_mean(eps=0.2)', models, base, scale=.6), models, base, tmp_path/'here')
+    want = merge(make_plan('ridge_mean(eps=0.2)', models, base, scale=.6), models, base, tmp_path/'here')
     assert all_bytes(want)==all_bytes(tmp_path/'out')
     text = run('spectrum-verify', tmp_path/'out', '--all')
     assert 'ridge_mean(eps=0.2) of base' in text and 'is what it says' in text
@@ -840,8 +848,8 @@ def test_command(tmp_path):
         with pytest.raises(Exception) as e: merge_cli(given, out=tmp_path/'o2', base=str(base), **kw)
         return str(e.value)
     for kw,words in ((dict(strategy='tsv_m(share=0)'), 'share is 0.0'), (dict(strategy='tsv_m', scale=nan), 'scale is nan'),
-            (dict(strategy='tsv_m', top=3), 'no use for --top'), (dict(strategy='ties', protocol='paper'), 'no use for --protocol'),
-            (dict(strategy='dare', estimator='spectrum'), 'no use for --estimator'), (dict(strategy='regmean'), 'needs moments')):
+            (dict(strategy='tsv_m', top=3), "no use for 'top'"), (dict(strategy='ties', protocol='paper'), "no use for 'protocol'"),
+            (dict(strategy='dare', estimator='spectrum'), "no use for 'estimator'"), (dict(strategy='regmean'), 'needs moments')):
         assert words in wrong(**kw)
     text = run('spectrum-merge', *given, '--base', base, '--out', tmp_path/'o2', '--strategy', 'ties(density=0)', ok=False)
     assert 'density is 0.0' in text and 'Traceback' not in text

@@ -1,0 +1,85 @@
+"The experiments' lessons cell by cell on tiny data: what a real run of hours left comes from sources that run."
+import ast, html, json, re
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+import pytest
+from spectrum_merging.lab import inside, run as lab_run
+from spectrum_merging.lab.images import ImageBudget
+from spectrum_merging.lab.parts import grid_rows
+from spectrum_merging.lab.tasks import digits_tasks, generated_texts
+from spectrum_merging.lab.texts import TextBudget, Texts, tiny_base
+
+lessons = Path(__file__).parents[1]/'nbs/experiments'
+few = dict(task_arithmetic=[('task_arithmetic', .5)], ridge_mean=[('ridge_mean(eps=0.1)', 1.)], tsv_m=[('tsv_m', 1.)],
+    regmean=[('regmean(alpha=0.9)', 1.)], matched=[('match(ridge=0.01)', None)])
+
+class TinyTexts(Texts):
+    "Texts whose base has random weights, whatever is asked for"
+    def find_base(self, tasks, budget, base=None, seed=0, cache=None, progress=True): return tiny_base(cache)
+
+def tiny_vision():
+    "The experiment on digits, one setting per method, one share of layers"
+    grid = partial(grid_rows, split='held', tops=[50])
+    budget = ImageBudget(base_epochs=1, expert_steps=10, max_epochs=2, batch=64, train=256, test=60, calibration=64, width=16)
+    return replace(lab_run.vision, load=lambda root, cache=None: digits_tasks(), budgets=dict(full=budget),
+        candidates={k: o for k,o in few.items() if k not in ('regmean','matched')}, grid=grid,
+        parts=tuple(replace(o, rows=grid) if o.name=='grid' else o for o in lab_run.vision.parts))
+
+def tiny_texts(one, *names):
+    "The experiment on generated sentences, one setting per method"
+    budget = TextBudget(steps=60, max_epochs=4, lr=2e-3, batch=32, train=480, test=60, calibration=32)
+    return replace(one, kind=TinyTexts(), load=lambda root, cache=None: generated_texts(names), candidates=few,
+        budgets=dict(full=budget))
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory): return tmp_path_factory.mktemp('cache')
+
+@pytest.fixture
+def tiny(monkeypatch, cache):
+    "What the lessons import, made small"
+    real,recipes = lab_run.run,inside.rough_budgets
+    def run(one, *args, **how): return real(one, *args, **how | (dict(seeds=2) if 'seeds' in how else {}))
+    for k,o in dict(run=run, vision=tiny_vision(), sst2_emotion=tiny_texts(lab_run.sst2_emotion, 'SST-2', 'Emotion'),
+            sst2_cola=tiny_texts(lab_run.sst2_cola, 'SST-2', 'CoLA')).items(): monkeypatch.setattr(lab_run, k, o)
+    monkeypatch.setattr(inside, 'rough_budgets', lambda b: dict(list(recipes(b).items())[:1]))
+    for k in 'SPECTRUM_DATA','SPECTRUM_CACHE': monkeypatch.setenv(k, str(cache))
+
+def code_cells(nb): return [c for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code']
+
+def runnable(source):
+    "A cell without what only real numbers fulfil: assertions that compare with a number"
+    return re.sub(r'^( *)assert .*[<>]=? *-?\.?\d.*$|^( *)assert .*<.*$', r'\1\2pass', source, flags=re.M)
+
+def run_cell(source, names):
+    "Run a cell; the value of its last line, where that is an expression"
+    *body,last = ast.parse(source).body
+    if not isinstance(last, ast.Expr): body,last = [*body,last],None
+    exec(compile(ast.Module(body, []), '<cell>', 'exec'), names)
+    return last and eval(compile(ast.Expression(last.value), '<cell>', 'eval'), names)
+
+_called = {'SST-2': 'praise', 'CoLA': 'word order', 'Emotion': 'feelings', 'FashionMNIST': 'digits 0-4', 'KMNIST': 'digits 5-9'}
+
+def stored_columns(cell):
+    "Columns of the table that a cell keeps, under the names of the tiny tasks"
+    for o in cell['outputs']:
+        if head := re.search(r'<thead>(.*?)</thead>', ''.join(o.get('data', {}).get('text/html', '')), re.S):
+            found = [html.unescape(k) for k in re.findall(r'<th>(.*?)</th>', head[1])]
+            return [re.sub('|'.join(_called), lambda m: _called[m[0]], k) for k in found if k]
+
+def shown(value): return [str(k) for k in (value.reset_index() if value.index.name else value)]
+
+@pytest.mark.parametrize('nb', sorted(lessons.glob('*.ipynb')), ids=lambda o: o.stem)
+def test_every_cell_runs(nb, tiny):
+    "Slow cells show tables with the stored columns, pictures where pictures are stored, a panel"
+    names,slow = {},0
+    for c in code_cells(nb):
+        source = ''.join(c['source'])
+        value = run_cell(runnable(source), names)
+        if not source.startswith('#| slow'): continue
+        slow += 1
+        kinds = {k for o in c['outputs'] for k in o.get('data', {}) if o['output_type']=='execute_result'}
+        if 'text/html' in kinds: assert set(stored_columns(c)) <= {'seed', value.columns.name, *shown(value)}, source
+        for kind,has in {'image/png': '_repr_mimebundle_', 'text/markdown': '_repr_markdown_'}.items():
+            if kind in kinds: assert hasattr(value, has), source
+    assert slow >= 20
