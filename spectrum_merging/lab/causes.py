@@ -119,7 +119,7 @@ def joint_rows(
             preds = {t: joint_logits(z[t], tasks, s).argmax(1) for t in tasks}
             for r in score_rows(preds, want['test'], seed=lab.seed, table='joint', method=m, logits=name):
                 own = lab.expert_scores()[r['task']]['accuracy']
-                rows.append(r | dict(normalised=r['accuracy']/own))
+                rows.append(r | dict(metric='accuracy', normalised=r['accuracy']/own))
     return rows
 
 # %% ../../nbs/lab/52_causes.ipynb #0000000d
