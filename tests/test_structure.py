@@ -32,6 +32,7 @@ floors = [
     ['lab.paper'],
     ['lab.findings'],
     ['lab.run'],
+    ['lab.lessons'],
     ['bench'],
     ['cli']]
 floor = {room: i for i,rooms in enumerate(floors) for room in rooms}
