@@ -426,6 +426,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'spectrum_merging/lab/convolutions.py'),
                                                    'spectrum_merging.lab.convolutions._as_matrices': ( 'lab/convolutions.html#_as_matrices',
                                                                                                        'spectrum_merging/lab/convolutions.py'),
+                                                   'spectrum_merging.lab.convolutions._empty': ( 'lab/convolutions.html#_empty',
+                                                                                                 'spectrum_merging/lab/convolutions.py'),
                                                    'spectrum_merging.lab.convolutions._fold': ( 'lab/convolutions.html#_fold',
                                                                                                 'spectrum_merging/lab/convolutions.py'),
                                                    'spectrum_merging.lab.convolutions._forward': ( 'lab/convolutions.html#_forward',

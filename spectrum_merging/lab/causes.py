@@ -33,7 +33,7 @@ def factorial_rows(
     alike = len({tuple(v.shape for v in h.values()) for h in own})==1
     rows = []
     for name,m in kinds.items():
-        for repair in lab.kind.treatments.values():
+        for repair in (lab.kind.treatments or {'': ''}).values():
             for head in ['averaged']*alike+[None]:
                 rows += lab.rows(m.then(repair), head, table='factorial', method=name)
     return rows

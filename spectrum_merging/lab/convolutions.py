@@ -11,7 +11,8 @@ __all__ = ['standard', 'prepare', 'resnet18', 'fast_convolutions', 'Folded', 'lo
 import torch, torch.nn.functional as F, torchvision
 from contextlib import contextmanager
 from fastcore.basics import patch
-from functools import partial
+from copy import deepcopy
+from functools import cache, partial
 from itertools import product
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
@@ -46,6 +47,11 @@ def _new(classes, width):
         if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
     return net
 
+@cache
+def _empty(classes, width):
+    "ResNet-18 without weights; made once, for its random numbers take time even where there are none"
+    with torch.device('meta'): return _new(classes, width)
+
 def resnet18(
     classes:int, # Number of outputs
     state:dict=None, # Weights to start from; a head with other classes is left out
@@ -55,7 +61,7 @@ def resnet18(
     "ResNet-18, new or from a state dict. Raises `ValueError` where the body does not fit"
     if state and 'conv1.weight' in state: width = len(state['conv1.weight'])
     if state is not None and len(state.get('fc.bias', ()))==classes:
-        with torch.device('meta'): model = _new(classes, width)
+        model = deepcopy(_empty(classes, width))
         own = model.state_dict()
         if all(k in state and state[k].shape==v.shape for k,v in own.items()):
             model.load_state_dict({k: state[k].clone() for k in own}, assign=True)

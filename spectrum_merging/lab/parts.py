@@ -171,7 +171,8 @@ def choice_name(method, choice):
     "What a chosen merge is called in tables"
     if method in guided: return guided[method]
     what = recipe(choice[0])
-    if what.rule.kind=='repair': return f"layers matched, ridge {what.all_settings['ridge']}"
+    if what.rule.name=='match': return f"layers matched, ridge {what.all_settings['ridge']}"
+    if what.rule.kind=='repair': return choice[0]
     return f'{choice[0]}, λ = {choice[1]}'
 
 def looks_at_inputs(text): return recipe(text).rule.kind=='repair' or recipe(text).rule.asks('grams')

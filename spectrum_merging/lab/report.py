@@ -142,10 +142,7 @@ def save(self:Results,
     "Write rows, scans, tables and figures; the folder appears when it is complete. Raises `FileExistsError`"
     return write_results(folder, self.rows, self.about, self.scans, self.tables(experiment), self.figures(experiment))
 
-@patch
-@classmethod
-
-@patch
+@patch(cls_method=True)
 def load(cls:Results,
     folder, # That `save` wrote
 ) -> 'Results':
