@@ -44,7 +44,7 @@ def attribution(
     "What heads, statistics and weights contribute to the collapse of the plain average"
     f = results.part('factorial')
     m = results.part('methods') if 'methods' in results.have else f[:0]
-    if 'averaged' not in set(f.get('heads', ())): return pd.DataFrame()
+    if 'averaged' not in set(f.get('heads', ())) or 'bn' not in f: return pd.DataFrame()
     found = []
     for seed,o in f[f.method=='average'].groupby('seed'):
         def at(heads, bn): return o[(o.heads==heads) & (o.bn==bn)].normalised.mean()
@@ -119,14 +119,15 @@ def joint_rows(
             preds = {t: joint_logits(z[t], tasks, s).argmax(1) for t in tasks}
             for r in score_rows(preds, want['test'], seed=lab.seed, table='joint', method=m, logits=name):
                 own = lab.expert_scores()[r['task']]['accuracy']
-                rows.append(r | dict(normalised=r['accuracy']/own))
+                rows.append(r | dict(metric='accuracy', normalised=r['accuracy']/own))
     return rows
 
 # %% ../../nbs/lab/52_causes.ipynb #0000000d
 def plot_factorial(results):
     "Heads × statistics × weights"
     single = results.part('reference').pipe(lambda o: o[o.method.str.startswith('best single')])
-    rows = results.part('factorial').assign(heads=lambda o: 'heads '+o.heads, BatchNorm=lambda o: o.bn)
+    rows = results.part('factorial').assign(heads=lambda o: 'heads '+o.heads)
+    rows = rows.assign(BatchNorm=rows.bn if 'bn' in rows else 'none')
     return plot_bars(rows, 'method', 'BatchNorm', 'heads', title='What the collapse is made of',
         line=single.normalised.mean(), label='best single expert',
         caption=f'Bars: means; dots: seeds. {caption(results)}')
