@@ -82,11 +82,12 @@ def who_wins(
 def heads_by_inputs(
     labs:list, # From `open_labs`
     sizes=(50, 200, 1000), # Unlabelled inputs per task
+    repair:str='refit', # What fits heads
 ) -> pd.DataFrame: # One row per size, one column per task
     "What the plain average keeps of its experts under heads refitted on ever more inputs, mean over seeds"
     rows = []
     for lab in labs:
-        for n in sizes: rows += lab.rows(lab.average().then('refit', n), sentences=n)
+        for n in sizes: rows += lab.rows(lab.average().then(repair, n), sentences=n)
     return pd.DataFrame(rows).groupby(['sentences','task'], sort=False).kept.mean().unstack()
 
 # %% ../../nbs/lab/72_lessons.ipynb #00000013
