@@ -28,6 +28,7 @@ class Part:
     figure:Callable=None # `results → Figure`
     once:bool=False # With the first seed only
     wide:bool=False # On the lab of three tasks
+    guided:bool=False # Whether it looks at the strategies that are chosen from the grid
     table:Callable=None # `results → DataFrame`, instead of a summary by `by`
     shows:str='' # Table of the rows that are shown; by default the part's own
     cost:float=1. # Time it takes, relative to other parts, for the progress bar
