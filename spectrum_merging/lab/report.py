@@ -188,7 +188,7 @@ def summary(
     if 'nai' in rows: df = add(rows.groupby(by, sort=False, dropna=False).nai.mean().reset_index())
     if 'p' in rows: df = add(significant(rows, by))
     for t in dict.fromkeys(rows.task):
-        if (rows.metric[rows.task==t]!='mcc').any(): continue
+        if 'kept' not in rows or (rows.metric[rows.task==t]!='mcc').any(): continue
         g = rows[rows.task==t].groupby(by, sort=False, dropna=False)
         df = add(g[['mcc','kept']].mean().rename(columns=dict(mcc=f'{t} MCC', kept=f'{t} MCC / expert')).reset_index())
     return df.round(4)
