@@ -28,6 +28,7 @@ class Part:
     figure:Callable=None # `results → Figure`
     once:bool=False # With the first seed only
     wide:bool=False # On the lab of three tasks
+    guided:bool=False # Whether it looks at the strategies that are chosen from the grid
     table:Callable=None # `results → DataFrame`, instead of a summary by `by`
     shows:str='' # Table of the rows that are shown; by default the part's own
     cost:float=1. # Time it takes, relative to other parts, for the progress bar
@@ -187,7 +188,7 @@ def summary(
     if 'nai' in rows: df = add(rows.groupby(by, sort=False, dropna=False).nai.mean().reset_index())
     if 'p' in rows: df = add(significant(rows, by))
     for t in dict.fromkeys(rows.task):
-        if (rows.metric[rows.task==t]!='mcc').any(): continue
+        if 'kept' not in rows or (rows.metric[rows.task==t]!='mcc').any(): continue
         g = rows[rows.task==t].groupby(by, sort=False, dropna=False)
         df = add(g[['mcc','kept']].mean().rename(columns=dict(mcc=f'{t} MCC', kept=f'{t} MCC / expert')).reset_index())
     return df.round(4)

@@ -33,12 +33,14 @@ vision = experiment(Experiment('vision', images.Images(), load_images,
     (Part('reference', partial(p.reference_rows, everywhere=True), ('method',), 'References', cost=2),
     Part('paper', paper.image_rows, ('method','threshold'), "Paper's protocol", paper.plot_images, cost=8),
     Part('grid', partial(p.grid_rows, split='held'), once=True, cost=40),
-    Part('factorial', causes.factorial_rows, ('method','heads','bn'), 'Factorial', causes.plot_factorial, cost=6),
+    Part('factorial', causes.factorial_rows, ('method','heads','bn'), 'Factorial', causes.plot_factorial, guided=True, cost=6),
     Part('causes', shows='factorial', title='What causes the collapse', table=causes.attribution_table),
     Part('methods', p.image_method_rows, title='Methods, one head per task', figure=causes.plot_methods_by_statistics,
         table=partial(causes.method_table, by=['needs','method','bn']), cost=60),
-    Part('heads', p.head_rows, title='Heads refitted', figure=causes.plot_heads, table=causes.head_table, cost=12),
-    Part('controls', p.control_rows, title='Controls', figure=causes.plot_controls, table=p.control_table, cost=12),
+    Part('heads', p.head_rows, title='Heads refitted', figure=causes.plot_heads, table=causes.head_table, guided=True,
+        cost=12),
+    Part('controls', p.control_rows, title='Controls', figure=causes.plot_controls, table=p.control_table, guided=True,
+        cost=12),
     Part('joint', causes.joint_rows, ('method','logits'), 'One output for all classes', cost=6),
     Part('inside', inside.inside_rows, once=True, cost=30),
     Part('images', figure=inside.plot_inputs), Part('barrier', figure=inside.plot_barrier),
@@ -47,7 +49,7 @@ vision = experiment(Experiment('vision', images.Images(), load_images,
     Part('rough', inside.rough_rows, ('recipe','method','moved'), 'Rougher experts', once=True, cost=70)),
     dict(full=images.full, small=images.small, quick=images.quick),
     p.candidates, partial(p.grid_rows, split='held'), _and_turned,
-    quick=('reference','paper','factorial','methods')))
+    quick=('reference','paper','methods')))
 
 # %% ../../nbs/lab/70_run.ipynb #00000009
 def _in_layers(scans):
@@ -79,11 +81,12 @@ _text_parts = (Part('reference', partial(p.reference_rows, together=True), ('met
         once=True, cost=4),
     Part('grid', p.grid_rows, ('strategy','of','top'), 'Strategies by SNR, one head per task', causes.plot_grid, cost=20),
     Part('methods', p.method_rows, title='Methods, one head per task', figure=causes.plot_methods_by_task,
-        table=partial(causes.method_table, by=['needs','method']), cost=14),
-    Part('heads', p.head_rows, title='Heads refitted', figure=causes.plot_heads, table=causes.head_table, cost=14),
+        table=partial(causes.method_table, by=['needs','method']), guided=True, cost=14),
+    Part('heads', p.head_rows, title='Heads refitted', figure=causes.plot_heads, table=causes.head_table, guided=True,
+        cost=14),
     Part('one head', by=('method',), title='Methods, one averaged head'),
     Part('controls', partial(p.control_rows, draws=3, of_weights=True), title='Controls', figure=causes.plot_controls,
-        table=p.control_table, cost=10),
+        table=p.control_table, guided=True, cost=10),
     Part('verdicts', shows='claims', title='Verdicts', table=findings.verdict_table),
     Part('claims', findings.claim_rows, title='Findings', table=findings.claim_table, cost=14),
     Part('three', p.three_rows, ('method',), 'Three tasks', wide=True, cost=30))
@@ -158,9 +161,9 @@ def _check(one, seeds, experts, parts):
         raise ValueError(f"part {bad[0]!r} is unknown: choose among {', '.join(one.part_names())}")
 
 # %% ../../nbs/lab/70_run.ipynb #0000000d
-def _choose(one, lab, step):
-    "Settings of the first seed"
-    def f(): return p.choose(lab, one.grid(lab) if one.grid else [], one.candidates)
+def _choose(one, lab, step, guided):
+    "Settings of the first seed; strategies by SNR, the longest of them, only where a part asks for them"
+    def f(): return p.choose(lab, one.grid(lab) if one.grid and guided else [], one.candidates)
     return step('settings on held-out items', _choice_cost, f)
 
 def _widely(one, lab, chosen, wide):
@@ -215,7 +218,7 @@ def run(
     for s in span:
         lab,third = Lab(one.kind, pair, effort, start, s, cache, progress, experts),None
         if s==seed: scans = _scans(lab)
-        if chosen is None: chosen = _choose(one, lab, step)
+        if chosen is None: chosen = _choose(one, lab, step, any(o.guided for o in todo))
         for o in todo:
             if o.once and s!=seed: continue
             if o.wide and third is None:
