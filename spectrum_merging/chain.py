@@ -59,7 +59,7 @@ def refit(models, experts, batches, masks, heads, ridge=.01):
     "Heads fitted to the experts' logits over each body (see `match_heads`)"
     return match_heads(models, experts, batches, ridge=ridge, masks=masks, heads=heads)
 
-# %% ../nbs/69_chain.ipynb #0000000b
+# %% ../nbs/69_chain.ipynb #0000000c
 @dataclass(frozen=True)
 class Step:
     "A repair, and what it looks at"

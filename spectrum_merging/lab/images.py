@@ -237,7 +237,7 @@ class Images(Kind):
         return list(zip(ix.split(250), map(prepare, x.split(250))))
     def pick(self, n, size, seed, draw=0):
         return torch.randperm(n, generator=torch.Generator().manual_seed(1000*draw+seed))[:size]
-    def logits(self, lab, module, heads, x): return self.logits_together([module.state_dict()], [heads], x)[0]
+    def logits(self, lab, task, state, heads, x): return self.logits_together([state], [heads], x)[0]
     def logits_together(self,
         states:list, # State dicts
         heads:list, # `{name: state of a head}` of each

@@ -115,7 +115,7 @@ def rough_rows(
             rows += o.rows(merged, table='rough', method=m, recipe=name, moved=o.distance())
     return rows
 
-# %% ../../nbs/lab/55_inside.ipynb #00000010
+# %% ../../nbs/lab/55_inside.ipynb #00000011
 def plot_barrier(results):
     "Accuracy along the lines"
     rows = results.part('barrier').replace(dict(bn={'averaged': 'interpolated', 'per task': 'measured again'}))

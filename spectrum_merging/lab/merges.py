@@ -269,7 +269,7 @@ def logits(self:Lab,
         states,res = self.states(merged),{}
         for t in names:
             x = self.tasks[t].test_x if split=='test' else self.tasks[t].held_x
-            res |= _halved(t, self.kind.logits(self, self.module(t, self._fitting(t, states[t])),
+            res |= _halved(t, self.kind.logits(self, t, self._fitting(t, states[t]),
                 self.heads(states[t], t, merged.source), x))
         return res
     found,res = _stored(self._file(merged, split, tasks and names), make),{t: {} for t in names}

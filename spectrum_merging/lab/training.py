@@ -201,8 +201,9 @@ def spec(self:Kind, lab, task) -> dict:
     except ValueError: return tested_spec(module, self.batches(lab, task, 2)[0][0], self.inner(module))
 
 @patch
-def logits(self:Kind, lab, module, heads, x) -> dict: # `{head: (n, classes)}`
-    "Logits of items under every head, from one pass through the body"
+def logits(self:Kind, lab, task, state, heads, x) -> dict: # `{head: (n, classes)}`
+    "Logits of items under every head, from one pass through the body with the weights `state`"
+    module = lab.module(task, state)
     return logits_of_heads(module, heads, self.prepare(lab, x), self.inner(module))
 
 # %% ../../nbs/lab/05_training.ipynb #00000016
