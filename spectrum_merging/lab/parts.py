@@ -83,9 +83,10 @@ def grid_rows(
     lab:Lab,
     chosen=None, # Not looked at
     split:str='test', # 'test' or 'held'
-    tops=(25, 50, 70), # Shares of layers, in %
+    tops=None, # Shares of layers, in %; by default the budget's, or a quarter, half, most of them
 ) -> list: # Rows of `Lab.rows`; p: exact McNemar against the plain average
     "All strategies by the calibrated SNR of weights and of updates, a head per task"
+    tops = tops or getattr(lab.budget, 'tops', (25, 50, 70))
     return lab.once(('grid', split, tuple(tops)), lambda: _grid_rows(lab, split, tops))
 
 def _grid_rows(lab, split, tops):

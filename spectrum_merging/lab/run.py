@@ -30,9 +30,9 @@ def _and_turned(tasks, root):
 
 # `cost`: seconds that a part took in a small run on two AVX2 cores; only their proportions count.
 vision = experiment(Experiment('vision', images.Images(), load_images,
-    (Part('reference', partial(p.reference_rows, everywhere=True), ('method',), 'References', cost=2),
-    Part('paper', paper.image_rows, ('method','threshold'), "Paper's protocol", paper.plot_images, cost=8),
-    Part('grid', partial(p.grid_rows, split='held'), once=True, cost=40),
+    (Part('reference', partial(p.reference_rows, everywhere=True), ('method',), 'References', plain=True, cost=2),
+    Part('paper', paper.image_rows, ('method','threshold'), "Paper's protocol", paper.plot_images, plain=True, cost=8),
+    Part('grid', partial(p.grid_rows, split='held'), once=True, guided=True),
     Part('factorial', causes.factorial_rows, ('method','heads','bn'), 'Factorial', causes.plot_factorial, guided=True, cost=6),
     Part('causes', shows='factorial', title='What causes the collapse', table=causes.attribution_table),
     Part('methods', p.image_method_rows, title='Methods, one head per task', figure=causes.plot_methods_by_statistics,
@@ -49,7 +49,7 @@ vision = experiment(Experiment('vision', images.Images(), load_images,
     Part('rough', inside.rough_rows, ('recipe','method','moved'), 'Rougher experts', once=True, cost=70)),
     dict(full=images.full, small=images.small, quick=images.quick),
     p.candidates, partial(p.grid_rows, split='held'), _and_turned,
-    quick=('reference','paper','methods')))
+    quick=('reference','paper','grid','methods','heads')))
 
 # %% ../../nbs/lab/70_run.ipynb #00000009
 def _in_layers(scans):
@@ -75,10 +75,11 @@ _text_candidates = p.candidates | dict(
     regmean=[(f'regmean(alpha={a})', 1.) for a in (.7, .9, 1.)],
     matched=[(f'match(ridge={r})', None) for r in (.01, .03, .1)])
 
-_text_parts = (Part('reference', partial(p.reference_rows, together=True), ('method',), 'References', cost=4),
-    Part('paper', paper.text_rows, title="Paper's protocol", figure=paper.plot_texts, table=paper.text_table, cost=8),
+_text_parts = (Part('reference', partial(p.reference_rows, together=True), ('method',), 'References', plain=True, cost=4),
+    Part('paper', paper.text_rows, title="Paper's protocol", figure=paper.plot_texts, table=paper.text_table,
+        plain=True, cost=8),
     Part('selected', paper.selected_rows, title="What the paper's formula selects", table=paper.selected_table,
-        once=True, cost=4),
+        once=True, plain=True, cost=4),
     Part('grid', p.grid_rows, ('strategy','of','top'), 'Strategies by SNR, one head per task', causes.plot_grid, cost=20),
     Part('methods', p.method_rows, title='Methods, one head per task', figure=causes.plot_methods_by_task,
         table=partial(causes.method_table, by=['needs','method']), guided=True, cost=14),
@@ -161,9 +162,10 @@ def _check(one, seeds, experts, parts):
         raise ValueError(f"part {bad[0]!r} is unknown: choose among {', '.join(one.part_names())}")
 
 # %% ../../nbs/lab/70_run.ipynb #0000000d
-def _choose(one, lab, step, guided):
+def _choose(one, lab, step, todo):
     "Settings of the first seed; strategies by SNR, the longest of them, only where a part asks for them"
-    def f(): return p.choose(lab, one.grid(lab) if one.grid and guided else [], one.candidates)
+    grid = one.grid if any(o.guided for o in todo) else None
+    def f(): return p.choose(lab, grid(lab) if grid else [], one.candidates)
     return step('settings on held-out items', _choice_cost, f)
 
 def _widely(one, lab, chosen, wide):
@@ -206,11 +208,11 @@ def run(
     todo = [o for o in one.parts if o.rows and (o.name in names or o.name=='reference')]
     pair,three = _tasks(one, tasks, root, cache, any(o.wide for o in todo) and not experts)
     todo = [o for o in todo if three or not o.wide]
-    span = range(seed, seed+seeds)
-    limited = {k: one.kind.limited(t, effort) for k,t in pair.items()}
+    span,limited = range(seed, seed+seeds),{k: one.kind.limited(t, effort) for k,t in pair.items()}
     jobs = _jobs(one, todo, effort, pair, three, span)
-    cost = sum(o.cost*(1 if o.once else seeds) for o in todo)+_choice_cost*(chosen is None)
-    step = _Steps(one.name, cost+(0 if experts else _expert_cost*(len(jobs)+1)), progress)
+    cost = sum(o.cost*(1 if o.once else seeds) for o in todo)
+    cost += _choice_cost*(chosen is None and not all(o.plain for o in todo))
+    step = _Steps(one.name, cost+_expert_cost*(0 if experts else len(jobs)+1), progress)
     start = step('base', _expert_cost, lambda: base if isinstance(base, Base) else
         one.kind.find_base(limited, effort, base, seed, cache, progress))
     if not experts: step('experts', _expert_cost*len(jobs), one.kind.train, jobs, start, cache, progress)
@@ -218,14 +220,14 @@ def run(
     for s in span:
         lab,third = Lab(one.kind, pair, effort, start, s, cache, progress, experts),None
         if s==seed: scans = _scans(lab)
-        if chosen is None: chosen = _choose(one, lab, step, any(o.guided for o in todo))
         for o in todo:
             if o.once and s!=seed: continue
+            if chosen is None and not o.plain: chosen = _choose(one, lab, step, todo)
             if o.wide and third is None:
                 third = Lab(one.kind, three, effort, start, s, cache, progress)
                 wide = _widely(one, third, chosen, wide)
             rows += step(f'seed {s}: {o.name}', o.cost, o.rows, *((third, wide) if o.wide else (lab, chosen)))
-            about = _about(one, start, effort, limited, span, chosen, wide, began, step.took)
+            about = _about(one, start, effort, limited, span, chosen or {}, wide, began, step.took)
             if show and s==seed: _show(one, Results(rows, about, scans), show, shown)
     res = step.end(Results(rows, about, scans))
     if out: res.save(out, one)
