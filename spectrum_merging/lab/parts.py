@@ -260,6 +260,8 @@ def head_rows(
 ) -> list: # Rows of `Lab.rows`; p: exact McNemar against the average, in 'heads' under refitted heads
     "Merges, and the base, under heads fitted to the experts' logits on unlabelled inputs"
     kinds = {k: m for k,(m,_) in chosen_merges(lab, chosen, methods).items()}
+    if 'matched' in methods and 'matched' not in chosen and lab.kind.treatments:
+        kinds['matched layers'] = start(lab, chosen).then('match(statistics=per task)')
     average = finished(lab, kinds['average'])
     plain,rows = lab.predict(average.then('refit') if table=='heads' else average),[]
     for name,m in (dict(base=Merge('base')) | kinds).items():
