@@ -952,6 +952,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'spectrum_merging.layout._records': ('layout.html#_records', 'spectrum_merging/layout.py'),
                                          'spectrum_merging.layout._rows_and_about': ( 'layout.html#_rows_and_about',
                                                                                       'spectrum_merging/layout.py'),
+                                         'spectrum_merging.layout.read_csv': ('layout.html#read_csv', 'spectrum_merging/layout.py'),
                                          'spectrum_merging.layout.read_file': ('layout.html#read_file', 'spectrum_merging/layout.py'),
                                          'spectrum_merging.layout.read_results': ('layout.html#read_results', 'spectrum_merging/layout.py'),
                                          'spectrum_merging.layout.read_scan': ('layout.html#read_scan', 'spectrum_merging/layout.py'),

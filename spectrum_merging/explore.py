@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 from .checkpoint import TensorInfo
 from .evaluate import normalise
-from .layout import read_file, read_scans
+from .layout import read_csv, read_file, read_scans
 from .plan import check_options, decide_layers, layer_cut, unit_snrs
 from .rules import recipe, rules
 
@@ -285,7 +285,7 @@ def _own_expert(rows, task):
 # %% ../nbs/90_explore.ipynb #00000029
 def _grid(path):
     "Rows of the grid and accuracies of the experts. Raises `ValueError`"
-    rows = pd.read_csv(path, float_precision='round_trip')
+    rows = read_csv(path)
     if lost := [k for k in ['table','method']+_needed if k not in rows]:
         raise ValueError(f"it lacks the columns {lost}; run `spectrum-run` again")
     grid = rows[rows.table=='grid'].dropna(axis=1, how='all')

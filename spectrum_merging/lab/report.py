@@ -28,7 +28,7 @@ class Part:
     figure:Callable=None # `results → Figure`
     once:bool=False # With the first seed only
     wide:bool=False # On the lab of three tasks
-    guided:bool=False # Whether it looks at the strategies that are chosen from the grid
+    guided:bool=True # Whether it looks at the strategies that are chosen from the grid
     plain:bool=False # Whether it looks at no chosen settings, and so can come before them
     table:Callable=None # `results → DataFrame`, instead of a summary by `by`
     shows:str='' # Table of the rows that are shown; by default the part's own

@@ -32,21 +32,23 @@ def _and_turned(tasks, root):
 vision = experiment(Experiment('vision', images.Images(), load_images,
     (Part('reference', partial(p.reference_rows, everywhere=True), ('method',), 'References', plain=True, cost=2),
     Part('paper', paper.image_rows, ('method','threshold'), "Paper's protocol", paper.plot_images, plain=True, cost=8),
-    Part('grid', partial(p.grid_rows, split='held'), once=True, guided=True),
-    Part('factorial', causes.factorial_rows, ('method','heads','bn'), 'Factorial', causes.plot_factorial, guided=True, cost=6),
+    Part('grid', partial(p.grid_rows, split='held'), once=True),
+    Part('factorial', causes.factorial_rows, ('method','heads','bn'), 'Factorial', causes.plot_factorial, cost=6),
     Part('causes', shows='factorial', title='What causes the collapse', table=causes.attribution_table),
     Part('methods', p.image_method_rows, title='Methods, one head per task', figure=causes.plot_methods_by_statistics,
-        table=partial(causes.method_table, by=['needs','method','bn']), cost=60),
-    Part('heads', p.head_rows, title='Heads refitted', figure=causes.plot_heads, table=causes.head_table, guided=True,
+        table=partial(causes.method_table, by=['needs','method','bn']), guided=False, cost=60),
+    Part('heads', p.head_rows, title='Heads refitted', figure=causes.plot_heads, table=causes.head_table,
         cost=12),
-    Part('controls', p.control_rows, title='Controls', figure=causes.plot_controls, table=p.control_table, guided=True,
+    Part('controls', p.control_rows, title='Controls', figure=causes.plot_controls, table=p.control_table,
         cost=12),
-    Part('joint', causes.joint_rows, ('method','logits'), 'One output for all classes', cost=6),
-    Part('inside', inside.inside_rows, once=True, cost=30),
+    Part('joint', causes.joint_rows, ('method','logits'), 'One output for all classes', guided=False, cost=6),
+    Part('inside', inside.inside_rows, once=True, guided=False, cost=30),
     Part('images', figure=inside.plot_inputs), Part('barrier', figure=inside.plot_barrier),
     Part('variance', figure=inside.plot_variance),
-    Part('three', p.image_three_rows, ('method','bn'), 'Three tasks', once=True, wide=True, cost=50),
-    Part('rough', inside.rough_rows, ('recipe','method','moved'), 'Rougher experts', once=True, cost=70)),
+    Part('three', p.image_three_rows, ('method','bn'), 'Three tasks', once=True, wide=True, guided=False,
+        cost=50),
+    Part('rough', inside.rough_rows, ('recipe','method','moved'), 'Rougher experts', once=True, guided=False,
+        cost=70)),
     dict(full=images.full, small=images.small, quick=images.quick),
     p.candidates, partial(p.grid_rows, split='held'), _and_turned,
     quick=('reference','paper','grid','methods','heads')))
@@ -82,12 +84,12 @@ _text_parts = (Part('reference', partial(p.reference_rows, together=True), ('met
         once=True, plain=True, cost=4),
     Part('grid', p.grid_rows, ('strategy','of','top'), 'Strategies by SNR, one head per task', causes.plot_grid, cost=20),
     Part('methods', p.method_rows, title='Methods, one head per task', figure=causes.plot_methods_by_task,
-        table=partial(causes.method_table, by=['needs','method']), guided=True, cost=14),
-    Part('heads', p.head_rows, title='Heads refitted', figure=causes.plot_heads, table=causes.head_table, guided=True,
+        table=partial(causes.method_table, by=['needs','method']), cost=14),
+    Part('heads', p.head_rows, title='Heads refitted', figure=causes.plot_heads, table=causes.head_table,
         cost=14),
     Part('one head', by=('method',), title='Methods, one averaged head'),
     Part('controls', partial(p.control_rows, draws=3, of_weights=True), title='Controls', figure=causes.plot_controls,
-        table=p.control_table, guided=True, cost=10),
+        table=p.control_table, cost=10),
     Part('verdicts', shows='claims', title='Verdicts', table=findings.verdict_table),
     Part('claims', findings.claim_rows, title='Findings', table=findings.claim_table, cost=14),
     Part('three', p.three_rows, ('method',), 'Three tasks', wide=True, cost=30))
@@ -108,7 +110,7 @@ def new_folder(
 ) -> Path: # `out`, or results/<name>-<time>
     "The folder for results. Raises `FileExistsError` where it exists and is not empty"
     out = Path(out) if out else Path('results')/f"{name}-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
-    return free_folder(out)
+    return free_folder(out, 'choose another')
 
 def _machine():
     return dict(machine=platform.machine(), cores=os.cpu_count(), torch=torch.__version__,
@@ -164,7 +166,7 @@ def _check(one, seeds, experts, parts):
 # %% ../../nbs/lab/70_run.ipynb #0000000d
 def _choose(one, lab, step, todo):
     "Settings of the first seed; strategies by SNR, the longest of them, only where a part asks for them"
-    grid = one.grid if any(o.guided for o in todo) else None
+    grid = one.grid if any(o.guided and not o.plain for o in todo) else None
     def f(): return p.choose(lab, grid(lab) if grid else [], one.candidates)
     return step('settings on held-out items', _choice_cost, f)
 
