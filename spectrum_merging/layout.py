@@ -74,6 +74,7 @@ def read_scan(
         raise ValueError(f"a scan has the columns {lost} too")
     return df.assign(shape=[tuple(map(int, re.findall(r'\d+', str(o)))) for o in df['shape']])
 
+# %% ../nbs/48_layout.ipynb #00000007
 def read_scans(
     folder, # Of results
 ) -> dict: # `{what they are of: {task: scan(...)}}`

@@ -1,0 +1,5 @@
+"What holds for all tests."
+import os
+
+# Set before torch is imported, in each worker: two workers with two threads each would wait for one another's cores.
+if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')
