@@ -298,10 +298,8 @@ def read_folder(
     "What a panel needs, from results.csv and scans/. Raises `FileNotFoundError`, `ValueError`"
     folder = Path(folder)
     rows,experts = read_file(folder/'results.csv', _grid)
-    scans = {of: o for of,o in read_scans(folder).items() if of in ('weights','update')}
-    if not scans or any(set(o)!=set(experts) for o in scans.values()):
-        raise ValueError(f"{folder/'scans/index.json'} does not name one file per task ({', '.join(experts)}) "
-            "for weights or update")
+    scans = {of: o for of,o in read_scans(folder, list(experts)).items() if of in ('weights','update')}
+    if not scans: raise ValueError(f"{folder/'scans/index.json'} names no scans of weights or update")
     return {of: {t: o[t].assign(of=of) for t in experts} for of,o in scans.items()},rows,experts
 
 # %% ../nbs/90_explore.ipynb #0000002a

@@ -77,13 +77,16 @@ def read_scan(
 # %% ../nbs/48_layout.ipynb #00000007
 def read_scans(
     folder, # Of results
+    tasks=None, # Those that each must be of; any by default
 ) -> dict: # `{what they are of: {task: scan(...)}}`
     "The scans of a folder of results. Raises `FileNotFoundError`, `ValueError`"
     index = Path(folder)/'scans'/'index.json'
     files = read_file(index, lambda p: json.loads(p.read_text(encoding='utf-8')))
-    def fits(o): return isinstance(o, dict) and all(str(f)==Path(str(f)).name for f in o.values())
+    def fits(o): return (isinstance(o, dict) and (tasks is None or set(o)==set(tasks))
+        and all(str(f)==Path(str(f)).name for f in o.values()))
     if not (isinstance(files, dict) and files and all(map(fits, files.values()))):
-        raise ValueError(f"{index} does not name one file per task for weights or update")
+        raise ValueError(f"{index} does not name one file per task{' ('+', '.join(tasks)+')' if tasks else ''} "
+            "for weights or update")
     return {of: {t: read_file(index.parent/f, read_scan) for t,f in o.items()} for of,o in files.items()}
 
 def _rows_and_about(path):

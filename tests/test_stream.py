@@ -161,7 +161,7 @@ import sys, time
 from spectrum_merging import folder, stream
 from spectrum_merging.merge import merge
 from spectrum_merging.plan import make_plan
-stream.TASK, folder.FLUSH = 1<<12, 1<<16
+stream.PIECE, folder.FLUSH = 1<<12, 1<<16
 real = stream._run_piece
 def slow(*a):
     time.sleep(.01)
