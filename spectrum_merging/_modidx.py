@@ -1119,6 +1119,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'spectrum_merging.rules.Rule.settings': ('rules.html#rule.settings', 'spectrum_merging/rules.py'),
                                         'spectrum_merging.rules._check_rule': ('rules.html#_check_rule', 'spectrum_merging/rules.py'),
                                         'spectrum_merging.rules._checked': ('rules.html#_checked', 'spectrum_merging/rules.py'),
+                                        'spectrum_merging.rules._code': ('rules.html#_code', 'spectrum_merging/rules.py'),
                                         'spectrum_merging.rules._where': ('rules.html#_where', 'spectrum_merging/rules.py'),
                                         'spectrum_merging.rules.recipe': ('rules.html#recipe', 'spectrum_merging/rules.py'),
                                         'spectrum_merging.rules.rule': ('rules.html#rule', 'spectrum_merging/rules.py'),

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
-from inspect import Parameter, signature
+from inspect import Parameter, signature, unwrap
 
 # %% ../nbs/12_rules.ipynb #00000007
 @dataclass(frozen=True)
@@ -135,8 +135,14 @@ def same_rule(
     old:Callable, # Function that has the name
     new:Callable, # Function that asks for it
 ) -> bool:
-    "Whether a function is only defined again, as a cell is that runs twice"
-    return _where(old)==_where(new)
+    "Whether a function is only defined again: by a cell that runs twice, or by the notebook that a module is made from"
+    old,new = unwrap(old),unwrap(new)
+    return _where(old)==_where(new) or old.__qualname__==new.__qualname__ and _code(old)==_code(new)
+
+def _code(f):
+    "What a function does, wherever it was defined"
+    def parts(c): return c.co_code,c.co_names,tuple(parts(o) if hasattr(o, 'co_code') else repr(o) for o in c.co_consts)
+    return parts(f.__code__) if hasattr(f, '__code__') else f
 
 def _check_rule(new):
     "Raise `ValueError` for a rule that no text could use"
@@ -173,7 +179,8 @@ def rule(
         if old and not same_rule(old.f, f):
             raise ValueError(f"rule {new.name!r} is {_where(old.f)}, and {_where(f)} would replace it: "
                 "choose another name")
-        rules[new.name] = new
+        # A notebook's own copy of what its module has must not outlive the notebook.
+        if not (old and f.__module__=='__main__'!=old.f.__module__): rules[new.name] = new
         return g
     return add
 
