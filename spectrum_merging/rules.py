@@ -8,7 +8,7 @@ Docs: nbs/12_rules.ipynb"""
 __all__ = ['asked', 'rules', 'Range', 'Choice', 'Rule', 'same_rule', 'rule', 'Recipe', 'rule_names', 'recipe']
 
 # %% ../nbs/12_rules.ipynb #00000003
-import re
+import dis, re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
@@ -141,8 +141,10 @@ def same_rule(
 
 def _code(f):
     "What a function does, wherever it was defined"
-    def parts(c): return c.co_code,c.co_names,tuple(parts(o) if hasattr(o, 'co_code') else repr(o) for o in c.co_consts)
-    return parts(f.__code__) if hasattr(f, '__code__') else f
+    jumps = {*dis.hasjrel, *dis.hasjabs} # their targets shift with the size of other instructions
+    def said(o): return steps(o.argval) if hasattr(o.argval, 'co_code') else None if o.opcode in jumps else o.argrepr
+    def steps(code): return [(o.opname, said(o)) for o in dis.get_instructions(code)]
+    return steps(f.__code__) if hasattr(f, '__code__') else f
 
 def _check_rule(new):
     "Raise `ValueError` for a rule that no text could use"
