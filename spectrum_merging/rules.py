@@ -141,9 +141,14 @@ def same_rule(
 
 def _code(f):
     "What a function does, wherever it was defined"
-    jumps = {*dis.hasjrel, *dis.hasjabs} # their targets shift with the size of other instructions
-    def said(o): return steps(o.argval) if hasattr(o.argval, 'co_code') else None if o.opcode in jumps else o.argrepr
-    def steps(code): return [(o.opname, said(o)) for o in dis.get_instructions(code)]
+    # Targets of jumps shift with the size of other instructions, and methods of a module that the same file imports
+    # are loaded as attributes: neither is another meaning.
+    jumps = {*dis.hasjrel, *dis.hasjabs}
+    def said(o):
+        if hasattr(o.argval, 'co_code'): return steps(o.argval)
+        return None if o.opcode in jumps else o.argrepr.removeprefix('NULL + ')
+    def steps(code): return [(o.opname.replace('METHOD', 'ATTR'), said(o)) for o in dis.get_instructions(code)
+        if o.opname!='PUSH_NULL']
     return steps(f.__code__) if hasattr(f, '__code__') else f
 
 def _check_rule(new):
