@@ -151,6 +151,7 @@ def _code(f):
         if o.opname!='PUSH_NULL']
     return steps(f.__code__) if hasattr(f, '__code__') else f
 
+# %% ../nbs/12_rules.ipynb #00000011
 def _check_rule(new):
     "Raise `ValueError` for a rule that no text could use"
     form = signature(new.f).parameters
@@ -168,7 +169,7 @@ def _check_rule(new):
                 "say which words it may be, with Choice")
         o.check(default, k)
 
-# %% ../nbs/12_rules.ipynb #00000011
+# %% ../nbs/12_rules.ipynb #00000012
 def rule(
     kind:str, # 'layer', 'matrix', 'estimator' or 'repair'
     ranges:dict=None, # `{setting: Range or Choice}`; any finite number where nothing is said
@@ -191,7 +192,7 @@ def rule(
         return g
     return add
 
-# %% ../nbs/12_rules.ipynb #00000014
+# %% ../nbs/12_rules.ipynb #00000015
 @dataclass(frozen=True)
 class Recipe:
     "A rule with its settings"
@@ -218,7 +219,7 @@ def rule_names(
     "Names of the rules of some kinds"
     return [k for kind in kinds or asked for k,o in rules.items() if o.kind==kind]
 
-# %% ../nbs/12_rules.ipynb #00000015
+# %% ../nbs/12_rules.ipynb #00000016
 def recipe(
     text:str, # 'snr_winner', 'lines(slope=1)', 'ties(density=0.2)'
     kind=None, # Kind that is wanted, or several in a tuple
