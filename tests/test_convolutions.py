@@ -165,7 +165,7 @@ def test_seed():
     assert after.equal(torch.rand(3))
     assert all(a[k].equal(b[k]) for k in a) and not a['fc.weight'].equal(c['fc.weight'])
 
-@pytest.mark.parametrize('seed,width', [(0,64), (1,64), (2,64), (0,32), (1,16)])
+@pytest.mark.parametrize('seed,width', [(0,64), (1,64), (2,64), (0,32), (1,16), (3,16)])
 def test_folded_network(seed, width):
     "BatchNorm folded, kernels as matrices: the same logits as torchvision's network"
     g = torch.Generator().manual_seed(seed)
