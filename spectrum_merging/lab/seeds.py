@@ -15,8 +15,9 @@ from itertools import product
 from matplotlib.figure import Figure
 from typing import NamedTuple
 from ..checkpoint import Checkpoint
+from ..edges import measure
 from ..evaluate import mean_interval
-from ..spectrum import as_matrix, measure
+from ..spectrum import as_matrix
 from ..units import find_units
 
 # %% ../../nbs/lab/57_seeds.ipynb #00000007
@@ -140,13 +141,15 @@ def _pair_rows(D, lookups, about):
     "Rows of one update: `about`, and what returns in each of the `lookups` by region"
     d,rows = directions(D),[]
     size = d.s/np.linalg.norm(d.s)
-    positions = {e: int(measure(D, e)['n_spikes']) for e in edges}
+    measured = {e: measure(D, e) for e in edges}
+    positions = {e: int(o['n_spikes']) for e,o in measured.items()}
     where = regions(len(d.s), positions)
     for kind,E in lookups.items():
         share,z = _compare(d, E)
         if kind==kinds[0]:
             energy = float((E.astype(float)**2).sum())
-            rows += [about | dict(table='edges', k=len(d.s)) | o for o in cut_rows(d, share, energy, positions)]
+            rows += [about | dict(table='edges', k=len(d.s), fits=measured.get(o['edge'], {}).get('fits')) | o
+                for o in cut_rows(d, share, energy, positions)]
         rows += [about | dict(table='returned', compared=kind, region=r, n=int(m.sum()), found=float((z[m]>1.96).mean()),
             size=float(size[m].sum()), share=float(np.average(share[m], weights=size[m]))) for r,m in where.items() if m.any()]
     return rows
@@ -217,12 +220,12 @@ def _sides(results, of, edge):
 def edge_table(
     results, # Of `seed_rows`
 ) -> pd.DataFrame: # One line per kind of update and edge
-    "What each edge tells apart: found above and below, the paired difference; and how well a cut there foretells"
+    "What each edge tells apart, the share of matrices that it fits, and how well a cut there foretells"
     res = []
     for (of,edge),o in results.part('edges').groupby(['of','edge'], sort=False):
         g = o.groupby(['task','seed'], sort=False)
         line = dict(zip(('of','cut','directions above','of all'), (of, edge, o.position.mean(), o.k.mean())))
-        if edge in edges: line |= _sides(results, of, edge)
+        if edge in edges: line |= dict(fits=o.fits.astype(float).mean()) | _sides(results, of, edge)
         res.append(line | dict(error=o.error.mean()) | _ends(g.explained.mean(), 'explained') | dict(n=g.ngroups))
     return pd.DataFrame(res).round(3)
 
