@@ -28,8 +28,8 @@ floors = [
     ['lab.merges'],
     ['lab.report'],
     ['lab.parts'],
-    ['lab.causes','lab.inside'],
-    ['lab.paper'],
+    ['lab.causes','lab.inside','lab.uses'],
+    ['lab.paper','lab.verdicts'],
     ['lab.findings'],
     ['lab.run'],
     ['lab.lessons'],
@@ -116,9 +116,9 @@ def test_private_names_stay(room):
 
 home = {name: r.f.__module__.partition('.')[2] for name,r in rules.items() if r.f.__module__.startswith('spectrum_merging')}
 # What is measured and compared is data, and data name recipes.
-data = ['lab.images','lab.parts','lab.run','lab.paper','lab.findings','lab.causes','lab.inside','lab.lessons','bench']
+data = ['lab.images','lab.parts','lab.run','lab.paper','lab.findings','lab.causes','lab.inside','lab.uses','lab.lessons','bench']
 
-words = [('repair','channels')] # the name of a column, too
+words = [('repair','channels'), ('lab.verdicts','ties')] # the name of a column, a verdict, too
 
 @pytest.mark.parametrize('room', [k for k in files if k not in data])
 def test_no_rule_is_known_by_name(room):

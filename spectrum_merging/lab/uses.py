@@ -80,6 +80,7 @@ def spread_evenly(
     for i in range(min(left, len(free))): res[tuple(free[(2*i+1)*len(free)//(2*left)])] += 1
     return res
 
+# %% ../../nbs/lab/58_uses.ipynb #00000009
 def same_rank(lab, operation, draw=0):
     "The mean rank of the edge in every layer and task"
     found,m = edge_ranks(lab, operation).clip(lower=1),matrices(lab).m.to_numpy()
@@ -110,7 +111,7 @@ def fixed_ranks(lab, operation, draw=0, rank=30):
     "One rank in every layer and task"
     return edge_ranks(lab, operation)*0+rank
 
-# %% ../../nbs/lab/58_uses.ipynb #0000000a
+# %% ../../nbs/lab/58_uses.ipynb #0000000b
 def with_ranks(
     lab:Lab,
     operation:str, # 'tsv_m'
@@ -124,7 +125,7 @@ def with_ranks(
     ops = [text.get(k, o) if o!='linear' else o for k,o in zip(plan.table.name, plan.table.op)]
     return Plan(plan.table.assign(op=ops), plan.meta | dict(mean_rank=round(float(kept.to_numpy().mean()), 1)))
 
-# %% ../../nbs/lab/58_uses.ipynb #00000010
+# %% ../../nbs/lab/58_uses.ipynb #00000011
 draws = 3 # Of chance, per seed
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def rank_arms(
         arm('same energy', energy_ranks), arm(f'{old} edge', partial(edge_ranks, estimator=old)),
         *[arm(f'rank {k}', partial(fixed_ranks, rank=k), 'fixed') for k in _ranks]]
 
-# %% ../../nbs/lab/58_uses.ipynb #00000012
+# %% ../../nbs/lab/58_uses.ipynb #00000013
 def _rounded(o): return float(f'{o:.6g}')
 
 def guided_plan(
@@ -182,6 +183,7 @@ def _plain(lab, text, number, draw=0):
     "A plan that goes by nothing"
     return lab.average().source if number is None else lab.plan(text, scale=number)
 
+# %% ../../nbs/lab/58_uses.ipynb #00000014
 def strategy_arms(
     n:int, # How many models
     tops=(25, 50, 75), # Shares of layers to try, in %
@@ -216,7 +218,7 @@ def shrink_arms(
         arm(f'{old}', f'shrink_mean(estimator={old})' if by else 'shrink_mean', '' if by else 'measure'),
         arm('the same factor', 'task_arithmetic', 'equal')]
 
-# %% ../../nbs/lab/58_uses.ipynb #00000013
+# %% ../../nbs/lab/58_uses.ipynb #00000015
 # Around what the papers use; wide, since fewer directions ask for more of them.
 _scales = dict(tsv_m=(.5, .7, 1., 1.3, 1.7), iso_c=(.4, .6, .9, 1.3, 1.9), iso_cts=(.4, .6, .9, 1.3, 1.9))
 
@@ -232,7 +234,7 @@ def arms(
         raise ValueError(f"use is {odd[0]!r}: choose among {', '.join(have)}")
     return [a for a in found if not uses or a.use in uses]
 
-# %% ../../nbs/lab/58_uses.ipynb #00000019
+# %% ../../nbs/lab/58_uses.ipynb #0000001b
 def climb(
     numbers:tuple, # Rising
     f:Callable, # `number → how good`
@@ -267,6 +269,7 @@ def _tuned(lab, arm):
     text = max(arm.texts, key=lambda o: kept(o, middle))
     return text,climb(arm.numbers, lambda o: kept(text, o))
 
+# %% ../../nbs/lab/58_uses.ipynb #0000001c
 def use_merges(
     lab:Lab,
     chosen:dict, # From `choose_settings`
@@ -276,7 +279,7 @@ def use_merges(
     for a in arms(len(lab.tasks), uses or list(chosen)):
         for d in range(a.draws): yield a,d,finished(lab, Merge(a.plan(lab, *chosen[a.use][a.name], d)))
 
-# %% ../../nbs/lab/58_uses.ipynb #0000001b
+# %% ../../nbs/lab/58_uses.ipynb #0000001e
 def _compared(lab, rows, preds, first):
     "Rows with what the first merge has over these: `gain` in shares of the expert, its interval over items, p"
     labels,own = lab.labels(),lab.expert_scores()
@@ -304,7 +307,7 @@ def use_rows(
         rows += _compared(lab, lab.rows(m, **about), preds, first[a.use])
     return rows
 
-# %% ../../nbs/lab/58_uses.ipynb #0000001d
+# %% ../../nbs/lab/58_uses.ipynb #00000020
 _known = {} # Settings by the key of the lab that they were chosen on
 
 def tuned_rows(
@@ -319,7 +322,7 @@ def tuned_rows(
     if key not in _known: _known[key] = choose_settings(other, uses)
     return use_rows(lab, _known[key], uses)
 
-# %% ../../nbs/lab/58_uses.ipynb #0000001f
+# %% ../../nbs/lab/58_uses.ipynb #00000022
 def open_lab(
     one:Experiment|str, # Or its name
     seed:int, # Of the experts

@@ -38,6 +38,7 @@ def use_differences(
     "What the measure's arm has over each other arm, with intervals over seeds and over items"
     rows,found = rows.assign(p=rows.groupby('study').p.transform(lambda o: holm(o))),[]
     rows = _in_hindsight(rows)
+    if 'mean_rank' not in rows: rows = rows.assign(mean_rank=np.nan)
     for (study, use),part in rows.groupby(['study','use'], sort=False):
         per = part.groupby(['method','seed'], sort=False).kept.mean().unstack()
         first = part.method[part.role=='measure'].iloc[0]
