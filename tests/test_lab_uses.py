@@ -2,7 +2,7 @@
 from dataclasses import replace
 import numpy as np, pandas as pd, pytest
 from spectrum_merging.lab import uses as u, verdicts as v
-from spectrum_merging.lab.images import ImageBudget, Images
+from spectrum_merging.lab.images import ImageBudget
 from spectrum_merging.lab.merges import Lab, Merge
 from spectrum_merging.lab.report import Results
 from spectrum_merging.lab.run import run, where_snr
@@ -16,15 +16,16 @@ operations = [o.removeprefix('ranks of ') for o in dict.fromkeys(a.use for a in 
 @pytest.fixture(scope='module')
 def cache(tmp_path_factory): return tmp_path_factory.mktemp('cache')
 
-def tiny_lab(cache, seed=0): return Lab(Images(), digits_tasks(), tiny, seed=seed, cache=cache, progress=False)
+def tiny_lab(cache, seed=0): return u.open_lab(where_snr[0], seed, cache=cache, budget=tiny, tasks=digits_tasks())
 
 @pytest.fixture(scope='module')
 def lab(cache): return tiny_lab(cache)
 
 @pytest.fixture(scope='module')
 def chosen(cache):
-    "Settings of a use that goes by SNRs, one that goes by ranks, and shrinkage"
-    return u.choose_settings(tiny_lab(cache, u.tuning_seed), ['ranks of tsv_m','gate','shrinkage'])
+    "Settings of a use that goes by SNRs and of shrinkage; of ranks, given"
+    ranks = {a.name: (a.texts[0], 1.) for a in u.arms(2, ['ranks of tsv_m'])}
+    return u.choose_settings(tiny_lab(cache, u.tuning_seed), ['gate','shrinkage']) | {'ranks of tsv_m': ranks}
 
 @pytest.fixture(scope='module')
 def rows(cache, chosen): return pd.DataFrame([o for s in (0, 1) for o in u.use_rows(tiny_lab(cache, s), chosen)])
