@@ -29,7 +29,7 @@ def _says_errors(f):
 def scan_cli(
     model:str, # .safetensors file, model folder or hub id
     base:str=None, # The model it was fine-tuned from
-    estimator:str='mp', # Rule of kind 'estimator': mp, spectrum, …
+    estimator:str=default_estimator, # Rule of kind 'estimator': flip, mp, spectrum, …
     of:str=None, # weights or update; by default the update where there is a base
     workers:int=None, # Layers measured side by side
     out:str=None, # CSV file to write instead of printing the table

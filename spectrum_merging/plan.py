@@ -18,7 +18,7 @@ from . import __version__, operations # whose rules add themselves
 from .files import atomic, free_file
 from .preflight import name_models, preflight, row_columns
 from .rules import Recipe, recipe, rules
-from .spectrum import default_estimator
+from .edges import default_estimator
 from .strategies import check_cut, cut_value
 from .units import head_name, is_head, tensor_name
 

@@ -11,9 +11,10 @@ __all__ = ['resolve_of', 'scan']
 import numpy as np, pandas as pd
 from .arithmetic import number_types, storage, widen
 from .checkpoint import Checkpoint
+from .edges import default_estimator, measure
 from .parallel import Bar, map_single_threaded, n_cores
 from .rules import recipe
-from .spectrum import Matrix, matrix, measure
+from .spectrum import Matrix, matrix
 from .units import find_units, is_matrix
 
 # %% ../nbs/20_scan.ipynb #00000006
@@ -72,7 +73,7 @@ def scan(
     model, # Anything `Checkpoint` opens
     base=None, # The model it was fine-tuned from, likewise
     *,
-    estimator:str='mp', # A rule of kind 'estimator', see `spectrum`
+    estimator:str=default_estimator, # A rule of kind 'estimator', see `edges`
     of:str=None, # 'weights' or 'update'; by default the update where there is a base
     heads:list=None, # Prefixes of task heads, which the base may lack; None goes by the usual names
     n_workers:int=None, # Layers measured side by side; by default one per core

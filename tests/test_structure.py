@@ -15,6 +15,7 @@ core = [k for k in files if not k.startswith('lab.') and k not in ('bench','cli'
 floors = [
     ['rules','arithmetic','files','parallel','units','align','evaluate','plot'],
     ['spectrum','checkpoint','strategies','activations','layout'],
+    ['edges'],
     ['operations','scan','preflight','repair','match'],
     ['plan','interop'],
     ['chain','explore','stream'],

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from ..align import align
 from ..chain import Merge
+from ..edges import default_estimator
 from ..evaluate import bootstrap, majority, score, score_rows
 from ..files import atomic, cache_dir, digest
 from .training import Base, Kind, fast
@@ -93,7 +94,7 @@ def head(self:Lab, task): return {k: v for k,v in self.experts[task].items() if 
 @patch
 def scans(self:Lab,
     of:str='update', # 'weights' or 'update'
-    estimator:str='mp', # What measures
+    estimator:str=default_estimator, # What measures
 ) -> dict: # `{task: scan(...)}`
     "SNR of every matrix of each expert, or of what fine-tuning changed in it"
     def make(): return {t: scan(sd, self.base if of=='update' else None, estimator=estimator, of=of,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from ..activations import input_grams
 from ..align import permutation_spec, tested_spec
+from ..edges import default_estimator
 from ..files import digest
 from ..parallel import map_single_threaded, n_cores
 from .tasks import Task, take
@@ -119,7 +120,7 @@ class Kind:
     treatments = {} # `{name: repair}` of normalisation statistics that are told apart in tables
     tuning = None # Unlabelled inputs per task while settings are chosen; the budget's by default
     more = () # Further columns of rows: 'macro_f1' and 'mcc' with intervals, 'nai'
-    paper_estimator = 'mp' # What the paper scores this kind of network by
+    paper_estimator = default_estimator # What the paper scores this kind of network by
 
     def limited(self,
         task:Task, # Whole
