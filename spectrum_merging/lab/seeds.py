@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from typing import NamedTuple
 from ..checkpoint import Checkpoint
 from ..evaluate import mean_interval
-from ..spectrum import as_matrix, measure
+from ..edges import measure
+from ..spectrum import as_matrix
 from ..units import find_units
 
 # %% ../../nbs/lab/57_seeds.ipynb #00000007
