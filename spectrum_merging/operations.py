@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from scipy.linalg import svd as slow_svd
 from .rules import Range, Recipe, recipe, rule
 from threadpoolctl import threadpool_limits
-from .spectrum import measure, shrink
+from .edges import default_estimator, measure
+from .spectrum import shrink
 
 # %% ../nbs/35_operations.ipynb #00000008
 _part = Range(0, 1, 'a share from 0 to 1')
@@ -144,7 +145,7 @@ _rank = Each(Range(1, 2**31, 'a whole number of 1 or more', whole=True), ('edge'
 def _above(d):
     "How many directions of an update are above its noise edge, at least 1"
     if min(d.shape)<2 or not d.any(): return 1
-    return max(1, int(measure(d, 'mp')['n_spikes']))
+    return max(1, int(measure(d, default_estimator)['n_spikes']))
 
 def ranks(
     rank:str, # 'edge', '18' or '18+30'
