@@ -235,14 +235,15 @@ def drift_table(
 ) -> pd.DataFrame: # One line per task and region
     "Of what returns with another seed: how much the base explains, all other tasks, and what is the task's own"
     share = pooled(_lines(results, three_regions()), ['of','region','compared'])
-    share = share.set_index(['of','region','compared','task','seed']).share.sort_index()
+    wide = share.pivot(index=['task','region','seed'], columns=['of','compared'], values='share')
     drifts,res = results.part('drift').groupby('task', sort=False)[['multiple','energy']].mean(),[]
     for (t,o),r in product(drifts.iterrows(), three_regions()):
-        raw,rest,all_tasks = (share.loc[of, r, kind, t] for of,kind in
+        if (t, r) not in wide.index: continue
+        raw,rest,all_tasks = (wide.loc[(t, r)][of, kind] for of,kind in
             (('update', kinds[0]), ('without base', kinds[0]), ('without base', kinds[2])))
         res.append({'task': t, 'multiple of base': o.multiple, 'its energy': o.energy, 'region': r, 'returns': raw.mean(),
-            'with the base': (raw-rest).mean(), 'in other tasks': all_tasks.mean()} | _ends(rest-all_tasks, 'own')
-            | dict(n=len(rest)))
+            'with the base': (raw-rest).mean(), 'in other tasks': all_tasks.mean()}
+            | _ends((rest-all_tasks).dropna(), 'own') | dict(n=int(rest.notna().sum())))
     return pd.DataFrame(res).round(3)
 
 def rank_table(
@@ -253,7 +254,7 @@ def rank_table(
     rows = _lines(results, rank_names())
     wide = pooled(rows[rows.of==of], ['compared','region']).groupby(['task','compared','region'], sort=False)
     wide = wide.share.mean().unstack()
-    return wide[[o for o in rank_names() if o in wide]].round(2).reset_index()
+    return wide[[o for o in rank_names() if o in wide]].round(2).rename_axis(columns=None).reset_index()
 
 # %% ../../nbs/lab/57_seeds.ipynb #00000020
 _styles = dict(zip(kinds, ('tab:blue','tab:orange','tab:green','0.5')))
