@@ -830,6 +830,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'spectrum_merging/lab/seeds.py'),
                                             'spectrum_merging.lab.seeds.edge_table': ( 'lab/seeds.html#edge_table',
                                                                                        'spectrum_merging/lab/seeds.py'),
+                                            'spectrum_merging.lab.seeds.fit_table': ( 'lab/seeds.html#fit_table',
+                                                                                      'spectrum_merging/lab/seeds.py'),
                                             'spectrum_merging.lab.seeds.matrix_names': ( 'lab/seeds.html#matrix_names',
                                                                                          'spectrum_merging/lab/seeds.py'),
                                             'spectrum_merging.lab.seeds.plot_returned': ( 'lab/seeds.html#plot_returned',

@@ -7,7 +7,7 @@ Docs: nbs/lab/57_seeds.ipynb"""
 # %% auto #0
 __all__ = ['ranks', 'edges', 'kinds', 'Directions', 'directions', 'returned', 'drift', 'without_drift', 'rank_names',
            'matrix_names', 'regions', 'cut_rows', 'seed_rows', 'pooled', 'three_regions', 'region_table', 'edge_table',
-           'drift_table', 'rank_table', 'plot_returned']
+           'fit_table', 'drift_table', 'rank_table', 'plot_returned']
 
 # %% ../../nbs/lab/57_seeds.ipynb #00000003
 import numpy as np, pandas as pd
@@ -229,7 +229,21 @@ def edge_table(
         res.append(line | dict(error=o.error.mean()) | _ends(g.explained.mean(), 'explained') | dict(n=g.ngroups))
     return pd.DataFrame(res).round(3)
 
-# %% ../../nbs/lab/57_seeds.ipynb #0000001e
+# %% ../../nbs/lab/57_seeds.ipynb #0000001f
+def fit_table(
+    results, # Of `seed_rows`
+    of:str='without base', # Or 'update'
+) -> pd.DataFrame: # One line per edge and answer
+    "What lies above an edge where it says that it fits, and where it says that it does not"
+    at,rows = results.part('edges'),results.part('returned')
+    at,rows = at[(at.of==of) & at.edge.isin(edges)],rows[(rows.of==of) & (rows.compared==kinds[0])]
+    at = at.assign(region='above '+at.edge, fits=at.fits.astype(bool))
+    both = at.merge(rows, on=['task','layer','seed','region'], suffixes=('', ' too'))
+    found = pooled(both, ['edge','fits']).groupby(['edge','fits'], sort=False)[['found','share']].mean()
+    g = at.groupby(['edge','fits'], sort=False).position
+    return pd.DataFrame({'matrices': g.size(), 'directions above': g.mean()}).join(found).round(3).reset_index()
+
+# %% ../../nbs/lab/57_seeds.ipynb #00000020
 def drift_table(
     results, # Of `seed_rows`
 ) -> pd.DataFrame: # One line per task and region
@@ -256,7 +270,7 @@ def rank_table(
     wide = wide.share.mean().unstack()
     return wide[[o for o in rank_names() if o in wide]].round(2).rename_axis(columns=None).reset_index()
 
-# %% ../../nbs/lab/57_seeds.ipynb #00000020
+# %% ../../nbs/lab/57_seeds.ipynb #00000022
 _styles = dict(zip(kinds, ('tab:blue','tab:orange','tab:green','0.5')))
 
 def _rank_lines(ax, rows):
