@@ -144,7 +144,7 @@ _rank = Each(Range(1, 2**31, 'a whole number of 1 or more', whole=True), ('edge'
 def _above(d):
     "How many directions of an update are above its noise edge, at least 1"
     if min(d.shape)<2 or not d.any(): return 1
-    return max(1, int(measure(d, 'mp')['n_spikes']))
+    return max(1, int(measure(d)['n_spikes']))
 
 def ranks(
     rank:str, # 'edge', '18' or '18+30'
