@@ -72,10 +72,10 @@ def flipped_tops(
 def n_draws(
     m:int, # Smaller side
     n:int, # Larger side
-) -> int: # 6 to 16
+) -> int: # 6 to 12
     "How many sign-flipped copies of a matrix are looked at"
-    # Six draws of 768 × 3,072 cost less than its products; sixteen of a small matrix still cost milliseconds.
-    return int(np.clip(1.2e6/(m*n), 6, 16))
+    # Six draws of 768 × 3,072 cost less than its products; twelve of a small matrix still cost milliseconds.
+    return int(np.clip(1.2e6/(m*n), 6, 12))
 
 def flip_edge(
     tops:np.ndarray, # (k,) from `flipped_tops`

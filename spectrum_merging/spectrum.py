@@ -378,15 +378,18 @@ def shrinker(
 # %% ../nbs/00_spectrum.ipynb #00000039
 def shrink(
     W, # Float tensor with ≥ 2 dimensions
+    estimator=spectrum, # Function that gives the `Spectrum` of a matrix; noise of one size that ends at its edge is taken out
 ): # Same type, shape and dtype
     "`W` without noise: its mean plus shrunken singular values. Raises what `as_matrix` raises"
-    A,s = as_matrix(W),spectrum(W)
+    A,s = as_matrix(W),estimator(W)
     if not s.sigma: return W.clone() if hasattr(W, 'clone') else np.array(W)
-    if s.unit!=1: return shrink(W/s.unit)*s.unit
+    if s.unit!=1: return shrink(W/s.unit, estimator)*s.unit
     mean = A.mean()
     B = A-mean if A.shape[0]<=A.shape[1] else (A-mean).T
     val,vec = np.linalg.eigh(B@B.T)
-    y = np.sqrt(val.clip(min=0)/s.n)/s.sigma
+    # The noise of an edge that was drawn has no one level: one that ends there stands for it.
+    level = s.sigma if not s.edge_error else sqrt(s.edge/noise_edge(s.m, s.n))
+    y = np.sqrt(val.clip(min=0)/s.n)/level
     gain = np.divide(shrinker(y, s.beta), y, out=np.zeros_like(y), where=y>0)
     B = (vec*gain)@vec.T@B
     res = (B if A.shape[0]<=A.shape[1] else B.T)+mean
