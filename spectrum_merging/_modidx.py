@@ -790,6 +790,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'spectrum_merging.lab.run._budget': ('lab/run.html#_budget', 'spectrum_merging/lab/run.py'),
                                           'spectrum_merging.lab.run._check': ('lab/run.html#_check', 'spectrum_merging/lab/run.py'),
                                           'spectrum_merging.lab.run._choose': ('lab/run.html#_choose', 'spectrum_merging/lab/run.py'),
+                                          'spectrum_merging.lab.run._cost': ('lab/run.html#_cost', 'spectrum_merging/lab/run.py'),
                                           'spectrum_merging.lab.run._in_layers': ('lab/run.html#_in_layers', 'spectrum_merging/lab/run.py'),
                                           'spectrum_merging.lab.run._jobs': ('lab/run.html#_jobs', 'spectrum_merging/lab/run.py'),
                                           'spectrum_merging.lab.run._machine': ('lab/run.html#_machine', 'spectrum_merging/lab/run.py'),

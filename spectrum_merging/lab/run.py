@@ -171,6 +171,11 @@ class _Steps:
 # Training an expert, and choosing settings, in the units of `Part.cost`.
 _expert_cost,_choice_cost = 25,60
 
+def _cost(todo, seeds, chosen, trained):
+    "Time of all parts, of choosing settings and of `trained` networks, for the progress bar"
+    parts = sum(o.cost*(1 if o.once or o.across else seeds) for o in todo)
+    return parts+_choice_cost*(chosen is None and not all(o.plain for o in todo))+_expert_cost*trained
+
 def _named(one):
     "An experiment by its name, or itself. Raises `ValueError`"
     if not isinstance(one, str): return one
@@ -241,9 +246,7 @@ def run(
     todo = [o for o in todo if three or not o.wide]
     span,limited = range(seed, seed+seeds),{k: one.kind.limited(t, effort) for k,t in pair.items()}
     jobs = _jobs(one, todo, effort, pair, three, span)
-    cost = sum(o.cost*(1 if o.once else seeds) for o in todo)
-    cost += _choice_cost*(chosen is None and not all(o.plain for o in todo))
-    step = _Steps(one.name, cost+_expert_cost*(0 if experts else len(jobs)+1), progress)
+    step = _Steps(one.name, _cost(todo, seeds, chosen, 0 if experts else len(jobs)+1), progress)
     start = step('base', _expert_cost, lambda: base if isinstance(base, Base) else
         one.kind.find_base(limited, effort, base, seed, cache, progress))
     if not experts: step('experts', _expert_cost*len(jobs), one.kind.train, jobs, start, cache, progress)
@@ -253,8 +256,7 @@ def run(
     for s in span:
         lab,third = Lab(one.kind, pair, effort, start, s, cache, progress, experts),None
         if s==seed: scans = _scans(lab)
-        for o in todo:
-            if o.across or o.once and s!=seed: continue
+        for o in [o for o in todo if not o.across and (s==seed or not o.once)]:
             if chosen is None and not o.plain: chosen = _choose(one, lab, step, todo)
             if o.wide and third is None:
                 third = Lab(one.kind, three, effort, start, s, cache, progress)

@@ -15,8 +15,8 @@ from itertools import product
 from matplotlib.figure import Figure
 from typing import NamedTuple
 from ..checkpoint import Checkpoint
-from ..evaluate import mean_interval
 from ..edges import measure
+from ..evaluate import mean_interval
 from ..spectrum import as_matrix
 from ..units import find_units
 
@@ -141,13 +141,15 @@ def _pair_rows(D, lookups, about):
     "Rows of one update: `about`, and what returns in each of the `lookups` by region"
     d,rows = directions(D),[]
     size = d.s/np.linalg.norm(d.s)
-    positions = {e: int(measure(D, e)['n_spikes']) for e in edges}
+    measured = {e: measure(D, e) for e in edges}
+    positions = {e: int(o['n_spikes']) for e,o in measured.items()}
     where = regions(len(d.s), positions)
     for kind,E in lookups.items():
         share,z = _compare(d, E)
         if kind==kinds[0]:
             energy = float((E.astype(float)**2).sum())
-            rows += [about | dict(table='edges', k=len(d.s)) | o for o in cut_rows(d, share, energy, positions)]
+            rows += [about | dict(table='edges', k=len(d.s), fits=measured.get(o['edge'], {}).get('fits')) | o
+                for o in cut_rows(d, share, energy, positions)]
         rows += [about | dict(table='returned', compared=kind, region=r, n=int(m.sum()), found=float((z[m]>1.96).mean()),
             size=float(size[m].sum()), share=float(np.average(share[m], weights=size[m]))) for r,m in where.items() if m.any()]
     return rows
@@ -218,12 +220,12 @@ def _sides(results, of, edge):
 def edge_table(
     results, # Of `seed_rows`
 ) -> pd.DataFrame: # One line per kind of update and edge
-    "What each edge tells apart: found above and below, the paired difference; and how well a cut there foretells"
+    "What each edge tells apart, the share of matrices that it fits, and how well a cut there foretells"
     res = []
     for (of,edge),o in results.part('edges').groupby(['of','edge'], sort=False):
         g = o.groupby(['task','seed'], sort=False)
         line = dict(zip(('of','cut','directions above','of all'), (of, edge, o.position.mean(), o.k.mean())))
-        if edge in edges: line |= _sides(results, of, edge)
+        if edge in edges: line |= dict(fits=o.fits.astype(float).mean()) | _sides(results, of, edge)
         res.append(line | dict(error=o.error.mean()) | _ends(g.explained.mean(), 'explained') | dict(n=g.ngroups))
     return pd.DataFrame(res).round(3)
 
@@ -233,14 +235,15 @@ def drift_table(
 ) -> pd.DataFrame: # One line per task and region
     "Of what returns with another seed: how much the base explains, all other tasks, and what is the task's own"
     share = pooled(_lines(results, three_regions()), ['of','region','compared'])
-    share = share.set_index(['of','region','compared','task','seed']).share.sort_index()
+    wide = share.pivot(index=['task','region','seed'], columns=['of','compared'], values='share')
     drifts,res = results.part('drift').groupby('task', sort=False)[['multiple','energy']].mean(),[]
     for (t,o),r in product(drifts.iterrows(), three_regions()):
-        raw,rest,all_tasks = (share.loc[of, r, kind, t] for of,kind in
+        if (t, r) not in wide.index: continue
+        raw,rest,all_tasks = (wide.loc[(t, r)][of, kind] for of,kind in
             (('update', kinds[0]), ('without base', kinds[0]), ('without base', kinds[2])))
         res.append({'task': t, 'multiple of base': o.multiple, 'its energy': o.energy, 'region': r, 'returns': raw.mean(),
-            'with the base': (raw-rest).mean(), 'in other tasks': all_tasks.mean()} | _ends(rest-all_tasks, 'own')
-            | dict(n=len(rest)))
+            'with the base': (raw-rest).mean(), 'in other tasks': all_tasks.mean()}
+            | _ends((rest-all_tasks).dropna(), 'own') | dict(n=int(rest.notna().sum())))
     return pd.DataFrame(res).round(3)
 
 def rank_table(
@@ -251,7 +254,7 @@ def rank_table(
     rows = _lines(results, rank_names())
     wide = pooled(rows[rows.of==of], ['compared','region']).groupby(['task','compared','region'], sort=False)
     wide = wide.share.mean().unstack()
-    return wide[[o for o in rank_names() if o in wide]].round(2).reset_index()
+    return wide[[o for o in rank_names() if o in wide]].round(2).rename_axis(columns=None).reset_index()
 
 # %% ../../nbs/lab/57_seeds.ipynb #00000020
 _styles = dict(zip(kinds, ('tab:blue','tab:orange','tab:green','0.5')))
