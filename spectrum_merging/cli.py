@@ -29,7 +29,7 @@ def _says_errors(f):
 def scan_cli(
     model:str, # .safetensors file, model folder or hub id
     base:str=None, # The model it was fine-tuned from
-    estimator:str=default_estimator, # Rule of kind 'estimator': flip, mp, spectrum, …
+    estimator:str=None, # Rule of kind 'estimator': flip (the default), mp, spectrum, …
     of:str=None, # weights or update; by default the update where there is a base
     workers:int=None, # Layers measured side by side
     out:str=None, # CSV file to write instead of printing the table
@@ -37,8 +37,8 @@ def scan_cli(
     "Signal-to-noise ratio of every matrix of a model, or of its fine-tuning update"
     from pathlib import Path
     if out and Path(out).exists(): raise FileExistsError(f"{out} exists: choose another name")
-    from spectrum_merging.scan import scan
-    df = scan(model, base, estimator=estimator, of=of, n_workers=workers,
+    from spectrum_merging.scan import default_estimator, scan
+    df = scan(model, base, estimator=estimator or default_estimator, of=of, n_workers=workers,
         progress=sys.stderr.isatty())
     if out: df.to_csv(out, index=False)
     else: print(df.drop(columns=['unit','estimator','of']).to_string(index=False,

@@ -219,7 +219,7 @@ def control_scans(
             norm=df.norm.to_numpy()/np.sqrt(size) if 'norm' in df else None,
             late=(1+np.arange(n))*jitter, early=(n-np.arange(n))*jitter)[kind]
         if value is None: raise ValueError("the scans have no column 'norm': scan with "
-            "estimator='mp'")
+            "estimator='flip'")
         res[t] = df.assign(snr=value)
         res[t].attrs = dict(df.attrs)
     return res

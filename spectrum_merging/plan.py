@@ -206,7 +206,7 @@ def decide_layers(
     if snrs is not None and (np.isnan(coefs).any() or cut is not None and np.isnan(cut)):
         peak = snrs.max(axis=1)
         raise ValueError(f"{peak.idxmax()} has SNR {peak.max()}: no percentile, no weight. Use "
-            "threshold= and a strategy that takes models whole, or estimator='mp'")
+            "threshold= and a strategy that takes models whole, or estimator='flip'")
     average = {'base': 0.} | {m: 1/len(models) for m in models}
     reasons,one = _why(what, coefs, average, snrs, cut, scale)
     coefs,rest = pd.DataFrame(coefs, layers, ['base',*models]),average
