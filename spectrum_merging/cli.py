@@ -162,11 +162,12 @@ def bench_cli(
 
 # %% ../nbs/95_cli.ipynb #00000015
 _experiments = {'vision': ('FashionMNIST','KMNIST'), 'sst2-emotion': ('SST-2','Emotion'), 'sst2-cola': ('SST-2','CoLA')}
-_families = {'all': [*_experiments], 'where-snr': [f'where-snr-{k}' for k in _experiments]}
+_groups = {'all': list(_experiments), 'is-it-signal': ['signal-vision','signal-text'],
+    'where-snr': [f'where-snr-{k}' for k in _experiments]}
 
 def _experts(experiment, given, base):
     "`{task: path}` of experts that are there. Raises `CliError` for what does not go together"
-    if experiment in _families and (base or given):
+    if experiment in _groups and (base or given):
         raise CliError(f"--base and --experts are for one experiment: name it instead of {experiment!r}")
     if not given: return None
     if experiment=='vision': raise CliError("--experts are for text experiments")
@@ -185,7 +186,7 @@ def _print_table(title, df):
 @call_parse
 @_says_errors
 def run_cli(
-    experiment:Annotated[str, "Which experiment", dict(choices=[*_experiments,*_families])],
+    experiment:Annotated[str, "Which experiment; is-it-signal takes 3 seeds or more", dict(choices=[*_experiments,*_groups])],
     data:str=None, # Folder of FashionMNIST, KMNIST, glue, emotion; else $SPECTRUM_DATA or download
     out:str=None, # New folder for results; by default results/<experiment>-<time>
     quick:bool=False, # The same as --budget quick: minutes instead of an hour
@@ -200,7 +201,7 @@ def run_cli(
 ):
     "Train or load experts, merge them by every strategy, evaluate, write tables and figures"
     if not sys.stderr.isatty(): os.environ.setdefault('TQDM_MININTERVAL', '30')
-    kinds = _families.get(experiment, [experiment])
+    kinds = _groups.get(experiment, [experiment])
     experts = _experts(experiment, experts, base)
     if quick and budget not in (None, 'quick'): raise CliError(f"--quick and --budget {budget}: leave one of them")
     from spectrum_merging.lab.run import new_folder, run

@@ -15,7 +15,7 @@ from numpy.random import PCG64
 from scipy.special import stdtrit
 from .rules import recipe, rule
 from .spectrum import (Matrix, Spectrum, as_matrix, centred, ks_distance, matrix, noise_edge, rank_measures,
-    rounding_level, spectrum, spike_strength)
+    rounding_level, spectrum, spike_strength, square_unit)
 
 # %% ../nbs/02_edges.ipynb #00000008
 def random_signs(
@@ -141,9 +141,10 @@ def _made(e, m, n, unit, edge, error, alpha, fits, plain=None):
     theta = _signal(e[:k], edge, m, n, alpha)
     var = max((e.sum()-theta.sum())/m, np.finfo(float).tiny)
     below,plain = e[k:].sum(),e if plain is None else plain
-    return Spectrum(e*unit**2, m, n, sqrt(var)*unit, edge*unit**2, k, np.sqrt(theta/var), float(theta.sum()/m/var),
+    square,rest = square_unit(unit)
+    return Spectrum(e*square, m, n, sqrt(var)*unit, edge*square, k, np.sqrt(theta/var), float(theta.sum()/m/var),
         float(e[:k].sum()/below) if below else (inf if k else 0.), *rank_measures(plain),
-        ks_distance(e[k:]*n/((n-k)*var), (m-k)/(n-k)) if k<m else 0., sqrt(plain.sum()*n)*unit, fits, error*unit**2)
+        ks_distance(e[k:]*n/((n-k)*var), (m-k)/(n-k)) if k<m else 0., sqrt(plain.sum()*n)*unit, fits, error*square, rest)
 
 def _nothing(m, n):
     "A `Spectrum` of a matrix whose entries are all equal"
@@ -210,12 +211,11 @@ def _whitened(M, name, alpha, factors):
     A /= np.sqrt(y)
     e = np.linalg.eigvalsh(A@A.T)[::-1].clip(min=0)/n
     edge = noise_edge(m, n, alpha)
-    # Noise that is left after whitening has variance 1; in the matrix' own unit it has the mean of x yᵀ.
-    level,found = x.mean()*y.mean(),_made(e, m, n, 1., edge, 0., alpha, True, plain)
-    k = found.n_spikes
+    k = int((e > edge).sum())
     fits = k<m//2 and ks_distance(e[k:]*n/(n-k), (m-k)/(n-k))*(m-k)<=_rigid
-    return Spectrum(e*level*unit**2, m, n, sqrt(level)*unit, edge*level*unit**2, k, found.theta, found.snr,
-        found.snr_ratio, *rank_measures(plain), found.ks, sqrt(plain.sum()*n)*unit, fits)
+    # Noise that is left after whitening has variance 1; in the matrix' own unit it has the mean of x yᵀ.
+    level = x.mean()*y.mean()
+    return _made(e*level, m, n, unit, edge*level, 0., alpha, fits, plain)
 
 # Eigenvalues of noise are rigid: k of them keep within 6/k of their law in every draw of the tests.
 _rigid = 8

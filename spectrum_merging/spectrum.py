@@ -7,8 +7,8 @@ Docs: nbs/00_spectrum.ipynb"""
 # %% auto #0
 __all__ = ['PIECE', 'Matrix', 'matrix', 'as_matrix', 'gram_eigs', 'mp_edges', 'mp_density', 'mp_cdf', 'mp_median', 'tw_quantile',
            'noise_edge', 'median_blur', 'bulk_level', 'noise_level', 'spike_strength', 'ks_distance', 'Spectrum',
-           'gram', 'rank_measures', 'centred', 'rounding_level', 'spectrum', 'shrinker', 'shrink', 'snr_paper_nlp',
-           'snr_paper_vision', 'snr_spectrum']
+           'gram', 'square_unit', 'rank_measures', 'centred', 'rounding_level', 'spectrum', 'shrinker', 'shrink',
+           'snr_paper_nlp', 'snr_paper_vision', 'snr_spectrum']
 
 # %% ../nbs/00_spectrum.ipynb #00000003
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from math import hypot, inf, log, pi, prod, sqrt
 import numpy as np, sys
 from scipy.optimize import brentq
 from scipy.special import gammaincinv, ndtri
-from .rules import rule
+from .rules import Choice, rule
 
 # %% ../nbs/00_spectrum.ipynb #00000007
 PIECE = 1<<20 # Numbers of a matrix that are in fp64 at one time
@@ -225,7 +225,7 @@ def spike_strength(
     L, # Eigenvalues over σ², any shape
     beta:float, # Aspect ratio m/n
 ) -> np.ndarray: # θ, in units of σ√n
-    "Strength of the spikes seen at `L` ([Benaych-Georges & Nadakuditi 2011](https://arxiv.org/abs/0910.2120))"
+    "Strength of the spikes seen at `L`, of a rectangular matrix ([Benaych-Georges & Nadakuditi 2012](https://arxiv.org/abs/1103.2221))"
     t = np.asarray(L, float)-1-beta
     return np.sqrt((t + np.sqrt(np.clip(t*t-4*beta, 0, None)))/2)
 
@@ -257,9 +257,11 @@ class Spectrum:
     norm:float # ‖W‖ without the mean of all entries
     fits:bool=True # Whether the noise that was fitted describes the bulk; if not, `edge` and `n_spikes` are rough
     edge_error:float=0. # Standard error of `edge` where it was drawn by chance, in units of `eigs`
+    unit:float=1. # `eigs` and `edge` are in units of its square: 1 unless W² is no float64
 
     @property
     def beta(self): return self.m/self.n
+
 
 
 # %% ../nbs/00_spectrum.ipynb #0000002c
@@ -285,7 +287,8 @@ def gram(
         G,s = _products(M, kind='f4' if single else 'f8')
         if not np.isfinite(s).all(): M.check()
         if single and not 1e-20 < np.trace(G)/size < 1e20: G,s = _products(M)
-    if not 1e-200 < np.trace(G)/size < 1e200:
+        square = np.trace(G)/size
+    if not 1e-200 < square < 1e200:
         unit = max(float(abs(Y).max()) for Y in M.pieces()) or 1.
         G,s = _products(M, 0., unit)
     off = float(s.sum())/size
@@ -298,8 +301,15 @@ def gram(
     part = off*s - off*off*M.n/2
     G -= part[:,None]
     G -= part
-    if np.trace(G)/size*unit*unit <= (1e-14*mean)**2: G[:] = 0
+    if sqrt(max(np.trace(G), 0)/size)*unit <= 1e-14*abs(mean): G[:] = 0
     return G,unit,mean
+
+# %% ../nbs/00_spectrum.ipynb #0000005a
+def square_unit(
+    unit:float, # Of a Gram matrix, from `gram`
+) -> tuple[float, float]: # Factor for its eigenvalues, unit of the results
+    "W² where it is a float64: the unit's square and 1; else 1 and the unit"
+    return (unit*unit, 1.) if 1e-150 < unit < 1e150 else (1., unit)
 
 # %% ../nbs/00_spectrum.ipynb #0000002d
 def rank_measures(
@@ -350,8 +360,9 @@ def spectrum(
     below = e[k:].sum()
     ratio = e[:k].sum()/below if below else (inf if k else 0.)
     ks = ks_distance(e[r:]*n/((n-r)*var), (m-r)/(n-r)) if var else 0.
-    return Spectrum(e*unit**2, m, n, sqrt(var)*unit, edge*unit**2, k, theta, float((theta**2).sum()/m),
-        float(ratio), *rank_measures(e), ks, sqrt(e.sum()*n)*unit, r<m//2 and ks*(m-r)<=_rigid)
+    square,rest = square_unit(unit)
+    return Spectrum(e*square, m, n, sqrt(var)*unit, edge*square, k, theta, float((theta**2).sum()/m), float(ratio),
+        *rank_measures(e), ks, sqrt(e.sum()*n)*unit, r<m//2 and ks*(m-r)<=_rigid, unit=rest)
 
 
 # %% ../nbs/00_spectrum.ipynb #00000038
@@ -371,6 +382,7 @@ def shrink(
     "`W` without noise: its mean plus shrunken singular values. Raises what `as_matrix` raises"
     A,s = as_matrix(W),spectrum(W)
     if not s.sigma: return W.clone() if hasattr(W, 'clone') else np.array(W)
+    if s.unit!=1: return shrink(W/s.unit)*s.unit
     mean = A.mean()
     B = A-mean if A.shape[0]<=A.shape[1] else (A-mean).T
     val,vec = np.linalg.eigh(B@B.T)
@@ -383,9 +395,13 @@ def shrink(
 
 # %% ../nbs/00_spectrum.ipynb #0000003d
 def _plain_eigs(M):
-    "Squared singular values, descending, without subtracting the mean"
+    "Squared singular values, descending, without subtracting the mean, in units of a number's square"
     G,unit,_ = gram(M, centre=False)
-    return _eigvals(G)*unit**2
+    return _eigvals(G),unit
+
+def _square(unit):
+    "Its square, and what 1 is then: W² too large for fp64 stays in that unit, where constants are 0"
+    return (unit*unit, 1.) if unit<1e150 else (1., 0.)
 
 @rule('estimator', name='paper_nlp', paper='text')
 def snr_paper_nlp(
@@ -396,11 +412,13 @@ def snr_paper_nlp(
     if not isinstance(M, Matrix) and np.ndim(M) < 2: return 0.
     M = matrix(M, name)
     e = np.zeros(M.shape[1])
-    e[:M.m] = _plain_eigs(M)/M.m
-    e = np.maximum(e, 1e-9)
-    G,unit,_ = gram(M)
-    hi = e > np.trace(G)*unit**2/(M.m*M.n)*(1+sqrt(M.m/M.n))**2
-    return float(e[hi].sum()/(e[~hi].sum()+1e-9))
+    eigs,unit = _plain_eigs(M)
+    square,one = _square(unit)
+    e[:M.m] = eigs*square/M.m
+    e = np.maximum(e, 1e-9*one)
+    hi = e > np.trace(gram(M)[0])*square/(M.m*M.n)*(1+sqrt(M.m/M.n))**2
+    below = e[~hi].sum()+1e-9*one
+    return float(e[hi].sum()/below) if below else (inf if hi.any() else 0.)
 
 # %% ../nbs/00_spectrum.ipynb #0000003f
 @rule('estimator', name='paper_vision', paper='images')
@@ -412,18 +430,23 @@ def snr_paper_vision(
     M = matrix(M, name)
     rows,cols = M.shape
     e = np.zeros(rows)
-    e[:M.m] = _plain_eigs(M)/cols
-    return float(e[0]/(np.median(e)+1e-8))
+    eigs,unit = _plain_eigs(M)
+    square,one = _square(unit)
+    e[:M.m] = eigs*square/cols
+    below = np.median(e)+1e-8*one
+    return float(e[0]/below) if below else inf
 
 # %% ../nbs/00_spectrum.ipynb #00000041
-@rule('estimator', name='spectrum')
+@rule('estimator', dict(script=Choice(('first','newest'))), name='spectrum')
 def snr_spectrum(
     M, # Tensor, array or `Matrix` with ≥ 2 dimensions
     name:str='W', # What to call it in an error
-) -> float: # ≥ 0, or inf where nothing is below the threshold
+    script:str='first', # Where nothing is below the threshold: 'first' gives inf, 'newest' takes 1 for its sum
+) -> float: # ≥ 0, or inf
     "Spectrum's layer score, as in its published script ([Hartford et al. 2024](https://arxiv.org/abs/2406.06623))"
     M = matrix(M, name)
-    s = np.sqrt(_plain_eigs(M))
+    eigs,unit = _plain_eigs(M)
+    s = np.sqrt(eigs)*unit
     hi = s > np.subtract(*np.quantile(s, [.75,.25]))/1.349*(1+sqrt(M.m/M.n))
-    below = s[~hi].sum()
+    below = 1. if script=='newest' and hi.all() else s[~hi].sum()
     return float(s[hi].sum()/below/s[0]) if below else (inf if s[0] else 0.)

@@ -29,7 +29,7 @@ floors = [
     ['lab.merges'],
     ['lab.report'],
     ['lab.parts'],
-    ['lab.causes','lab.inside','lab.uses'],
+    ['lab.causes','lab.inside','lab.seeds','lab.uses'],
     ['lab.paper','lab.verdicts'],
     ['lab.findings'],
     ['lab.run'],

@@ -30,6 +30,7 @@ class Part:
     wide:bool=False # On the lab of three tasks
     guided:bool=True # Whether it looks at the strategies that are chosen from the grid
     plain:bool=False # Whether it looks at no chosen settings, and so can come before them
+    across:bool=False # Once, after all others, on the labs of all seeds: `rows` takes a list of them
     table:Callable=None # `results → DataFrame`, instead of a summary by `by`
     shows:str='' # Table of the rows that are shown; by default the part's own
     cost:float=1. # Time it takes, relative to other parts, for the progress bar
