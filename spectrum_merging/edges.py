@@ -97,7 +97,7 @@ def _signal(e, edge, m, n, alpha):
     level = edge/noise_edge(m, n, alpha)
     return spike_strength(np.maximum(e/level, (1+sqrt(m/n))**2), m/n)**2*level
 
-# Noise must be the greater part by far: a spectrum that falls like a power goes on to its end.
+# Noise must be the greater part by far: a spectrum that falls evenly goes on to its end.
 def _too_many(k, m): return k > max(m//4, 1)
 
 def _endless(e, edge, m, n, alpha):

@@ -23,9 +23,9 @@ def lab(cache): return tiny_lab(cache)
 
 @pytest.fixture(scope='module')
 def chosen(cache):
-    "Settings of a use that goes by SNRs and of shrinkage; of ranks, given"
+    "Settings of shrinkage; of ranks, given"
     ranks = {a.name: (a.texts[0], 1.) for a in u.arms(2, ['ranks of tsv_m'])}
-    return u.choose_settings(tiny_lab(cache, u.tuning_seed), ['gate','shrinkage']) | {'ranks of tsv_m': ranks}
+    return u.choose_settings(tiny_lab(cache, u.tuning_seed), ['shrinkage']) | {'ranks of tsv_m': ranks}
 
 @pytest.fixture(scope='module')
 def rows(cache, chosen): return pd.DataFrame([o for s in (0, 1) for o in u.use_rows(tiny_lab(cache, s), chosen)])
@@ -107,10 +107,10 @@ def test_settings_come_from_another_seed(cache, lab, chosen, monkeypatch):
         seen.add(self.seed)
         return held(self, merged)
     monkeypatch.setattr(Lab, 'held_out', watched)
-    found = u.tuned_rows(lab, uses=['gate','shrinkage'])
+    found = u.tuned_rows(lab, uses=['shrinkage'])
     assert seen=={u.tuning_seed} and {r['split'] for r in found}!={'held'}
-    assert {r['method']: (r['setting'], r['number']) for r in found if r['use']=='gate'}==chosen['gate']
-    assert u.tuned_rows(lab, uses=['gate','shrinkage'])==found and seen=={u.tuning_seed}
+    assert {r['method']: (r['setting'], r['number']) for r in found}==chosen['shrinkage']
+    assert u.tuned_rows(lab, uses=['shrinkage'])==found and seen=={u.tuning_seed}
 
 def test_rows_are_paired(rows):
     first = rows[rows.role=='measure']
