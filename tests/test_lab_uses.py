@@ -145,7 +145,7 @@ def test_an_interval_that_holds_zero_is_no_verdict():
 def test_texts_and_three_tasks(tmp_path, monkeypatch):
     "As an experiment of two and of three tasks, from its folder alone"
     some = [a for a in u.arms(3) if a.use=='gate']
-    monkeypatch.setattr(u, 'arms', lambda n=2, uses=None: [replace(a, texts=a.texts[:1], numbers=(.4, .6)) for a in some
+    monkeypatch.setattr(u, 'arms', lambda n=2, uses=None: [replace(a, texts=a.texts[:1], numbers=(.4, .6), draws=1) for a in some
         if a.name!='the same λ'][:3] + [replace(a, numbers=(.4, .6)) for a in some if a.name=='the same λ'])
     res = run(where_snr[1], out=tmp_path/'out', budget=tiny_text, base=tiny_base(tmp_path), cache=tmp_path, progress=False,
         tasks=generated_texts(['SST-2','CoLA','Emotion']))
