@@ -288,7 +288,7 @@ def gram(
         if not np.isfinite(s).all(): M.check()
         if single and not 1e-20 < np.trace(G)/size < 1e20: G,s = _products(M)
         square = np.trace(G)/size
-    if not 1e-200 < square < 1e200:
+    if not 1e-100 < square < 1e100: # so that squares of the eigenvalues are numbers, too
         unit = max(float(abs(Y).max()) for Y in M.pieces()) or 1.
         G,s = _products(M, 0., unit)
     off = float(s.sum())/size
@@ -421,7 +421,7 @@ def snr_paper_nlp(
     e = np.maximum(e, 1e-9*one)
     hi = e > np.trace(gram(M)[0])*square/(M.m*M.n)*(1+sqrt(M.m/M.n))**2
     below = e[~hi].sum()+1e-9*one
-    return float(e[hi].sum()/below) if below else (inf if hi.any() else 0.)
+    return float(e[hi].sum())/float(below) if below else (inf if hi.any() else 0.)
 
 # %% ../nbs/00_spectrum.ipynb #0000003f
 @rule('estimator', name='paper_vision', paper='images')
@@ -437,7 +437,7 @@ def snr_paper_vision(
     square,one = _square(unit)
     e[:M.m] = eigs*square/cols
     below = np.median(e)+1e-8*one
-    return float(e[0]/below) if below else inf
+    return float(e[0])/float(below) if below else inf
 
 # %% ../nbs/00_spectrum.ipynb #00000041
 @rule('estimator', dict(script=Choice(('first','newest'))), name='spectrum')

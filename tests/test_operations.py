@@ -6,6 +6,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from spectrum_merging import folder, stream
 from spectrum_merging.cli import merge_cli
+from spectrum_merging.edges import measure
 from spectrum_merging.interop import to_mergekit
 from spectrum_merging.merge import load_task, merge
 from spectrum_merging.operations import *
@@ -13,7 +14,7 @@ from spectrum_merging.plan import Plan, make_plan, mixture, tensor_name
 from spectrum_merging.preflight import PreflightError
 from spectrum_merging.rules import recipe, rules as known
 from spectrum_merging.scan import scan
-from spectrum_merging.spectrum import measure, shrink, snr_spectrum, spectrum
+from spectrum_merging.spectrum import shrink, snr_spectrum, spectrum
 from spectrum_merging.strategies import lines, snr_gate, task_arithmetic
 from spectrum_merging.verify import verify
 from threadpoolctl import threadpool_info, threadpool_limits
@@ -515,7 +516,7 @@ def test_one_blas_thread(workers):
 
 @pytest.mark.parametrize('text,words', [('', 'unknown'), ('sum', "'sum' is unknown: choose one of 'regmean', 'ridge_mean'"),
     ('ties(', 'unknown'), ('ties)', 'unknown'), ('ties(density=.1', 'unknown'), ('ties(density=.1)x', 'unknown'),
-    ('ridge_mean(.3)', "no setting '.3': it takes eps"), ('shrink_mean(eps=1)', 'it takes none'),
+    ('ridge_mean(.3)', "no setting '.3': it takes eps"), ('shrink_mean(eps=1)', 'it takes estimator'),
     ('slerp(mix=1)', 'it takes none'), ('regmean(grams=1)', 'it takes alpha'), ('ridge_mean(eps)', "eps is '', not a number"),
     ('ridge_mean(eps=x)', "eps is 'x', not a number"), ('ridge_mean(eps=1, eps=2)', 'gives eps twice'),
     ('ridge_mean(eps=0)', 'eps is 0.0: pass a ridge'), ('ridge_mean(eps=-1)', 'pass a ridge'),
