@@ -72,10 +72,10 @@ def flipped_tops(
 def n_draws(
     m:int, # Smaller side
     n:int, # Larger side
-) -> int: # 6 to 16
+) -> int: # 6 to 12
     "How many sign-flipped copies of a matrix are looked at"
-    # Six draws of 768 × 3,072 cost less than its products; sixteen of a small matrix still cost milliseconds.
-    return int(np.clip(1.2e6/(m*n), 6, 16))
+    # Six draws of 768 × 3,072 cost less than its products; twelve of a small matrix still cost milliseconds.
+    return int(np.clip(1.2e6/(m*n), 6, 12))
 
 def flip_edge(
     tops:np.ndarray, # (k,) from `flipped_tops`
@@ -97,7 +97,7 @@ def _signal(e, edge, m, n, alpha):
     level = edge/noise_edge(m, n, alpha)
     return spike_strength(np.maximum(e/level, (1+sqrt(m/n))**2), m/n)**2*level
 
-# Noise must be the greater part by far: a spectrum that falls like a power goes on to its end.
+# Noise must be the greater part by far: a spectrum that falls evenly goes on to its end.
 def _too_many(k, m): return k > max(m//4, 1)
 
 def _endless(e, edge, m, n, alpha):

@@ -213,7 +213,7 @@ def match_layers(
     heads:list=None, # Prefixes of task heads, which stay; None goes by the usual names
     progress:Callable=None, # Called with the number of layers done and their total
 ) -> dict: # `{task: module}`; they share all weights, and with 'shared' all of the body
-    "Fit the merged body to the experts' activations, layer by layer. Raises `ValueError`"
+    "Fit the merged body to the experts' activations, layer by layer; relatives: [FeatCal](https://arxiv.org/abs/2605.13030), [RegMean++](https://arxiv.org/abs/2508.03121), [ProDistill](https://arxiv.org/abs/2502.12706). Raises `ValueError`"
     batches = {t: listed(o) for t,o in batches.items()}
     _check_fit(experts, batches, masks, statistics, ridge)
     counted = {t: o for t,o in zip(masks or [], _padded((masks or {}).values()))}
@@ -276,7 +276,7 @@ def match_heads(
     masks:dict=None, # `{task: list of (inputs, positions)}`, bool: what is not padding
     heads:list=None, # Prefixes of task heads; None goes by the usual names
 ) -> dict: # `{task: module}`: the merged body under a head of the task's own
-    "Fit each expert's head to its logits, over the merged body. Raises `ValueError`"
+    "Fit each expert's head to its logits, over the merged body; relatives: [SyMerge](https://arxiv.org/abs/2412.19098), [Surgery](https://arxiv.org/abs/2402.02705). Raises `ValueError`"
     batches = {t: listed(o) for t,o in batches.items()}
     _check_fit(experts, batches, masks, 'shared', ridge)
     bodies = merged if isinstance(merged, dict) else dict.fromkeys(experts, merged)

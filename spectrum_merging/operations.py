@@ -12,10 +12,10 @@ __all__ = ['Each', 'gram_svd', 'polar', 'regmean', 'ridge_mean', 'ranks', 'tsv_m
 import numpy as np, zlib
 from dataclasses import dataclass
 from scipy.linalg import svd as slow_svd
-from .rules import Range, Recipe, recipe, rule
+from .rules import Choice, Range, Recipe, recipe, rule
 from threadpoolctl import threadpool_limits
-from .edges import default_estimator, measure
-from .spectrum import shrink
+from .edges import flip, measure
+from .spectrum import shrink, spectrum
 
 # %% ../nbs/35_operations.ipynb #00000008
 _part = Range(0, 1, 'a share from 0 to 1')
@@ -145,7 +145,7 @@ _rank = Each(Range(1, 2**31, 'a whole number of 1 or more', whole=True), ('edge'
 def _above(d):
     "How many directions of an update are above its noise edge, at least 1"
     if min(d.shape)<2 or not d.any(): return 1
-    return max(1, int(measure(d, default_estimator)['n_spikes']))
+    return max(1, int(measure(d)['n_spikes']))
 
 def ranks(
     rank:str, # 'edge', '18' or '18+30'
@@ -208,12 +208,16 @@ def iso_cts(
     return mean*polar(np.concatenate(us, 1))@polar(np.concatenate(vs))
 
 # %% ../nbs/35_operations.ipynb #0000001f
-@rule('matrix', homogeneous=True)
+_edges = dict(mp=spectrum, flip=flip) # Those whose edge is one of the matrix itself
+
+@rule('matrix', dict(estimator=Choice(tuple(_edges))), homogeneous=True)
 def shrink_mean(
     updates:list, # (out, in) each
+    estimator:str='mp', # Whose noise edge: 'mp' for noise of one size, 'flip' for any
 ) -> np.ndarray: # (out, in)
     "Σ of updates shrunk to their signal ([Gavish & Donoho 2017](https://arxiv.org/abs/1405.7511))"
-    return sum(shrink(_f64(d)) if min(d.shape)>1 else _f64(d) for d in updates)
+    f = _edges[estimator]
+    return sum(shrink(_f64(d), f) if min(d.shape)>1 else _f64(d) for d in updates)
 
 # %% ../nbs/35_operations.ipynb #00000022
 def _floor(d, n):

@@ -288,7 +288,7 @@ def gram(
         if not np.isfinite(s).all(): M.check()
         if single and not 1e-20 < np.trace(G)/size < 1e20: G,s = _products(M)
         square = np.trace(G)/size
-    if not 1e-200 < square < 1e200:
+    if not 1e-100 < square < 1e100: # so that squares of the eigenvalues are numbers, too
         unit = max(float(abs(Y).max()) for Y in M.pieces()) or 1.
         G,s = _products(M, 0., unit)
     off = float(s.sum())/size
@@ -378,15 +378,18 @@ def shrinker(
 # %% ../nbs/00_spectrum.ipynb #00000039
 def shrink(
     W, # Float tensor with ≥ 2 dimensions
+    estimator=spectrum, # Function that gives the `Spectrum` of a matrix; noise of one size that ends at its edge is taken out
 ): # Same type, shape and dtype
     "`W` without noise: its mean plus shrunken singular values. Raises what `as_matrix` raises"
-    A,s = as_matrix(W),spectrum(W)
+    A,s = as_matrix(W),estimator(W)
     if not s.sigma: return W.clone() if hasattr(W, 'clone') else np.array(W)
-    if s.unit!=1: return shrink(W/s.unit)*s.unit
+    if s.unit!=1: return shrink(W/s.unit, estimator)*s.unit
     mean = A.mean()
     B = A-mean if A.shape[0]<=A.shape[1] else (A-mean).T
     val,vec = np.linalg.eigh(B@B.T)
-    y = np.sqrt(val.clip(min=0)/s.n)/s.sigma
+    # The noise of an edge that was drawn has no one level: one that ends there stands for it.
+    level = s.sigma if not s.edge_error else sqrt(s.edge/noise_edge(s.m, s.n))
+    y = np.sqrt(val.clip(min=0)/s.n)/level
     gain = np.divide(shrinker(y, s.beta), y, out=np.zeros_like(y), where=y>0)
     B = (vec*gain)@vec.T@B
     res = (B if A.shape[0]<=A.shape[1] else B.T)+mean
@@ -418,7 +421,7 @@ def snr_paper_nlp(
     e = np.maximum(e, 1e-9*one)
     hi = e > np.trace(gram(M)[0])*square/(M.m*M.n)*(1+sqrt(M.m/M.n))**2
     below = e[~hi].sum()+1e-9*one
-    return float(e[hi].sum()/below) if below else (inf if hi.any() else 0.)
+    return float(e[hi].sum())/float(below) if below else (inf if hi.any() else 0.)
 
 # %% ../nbs/00_spectrum.ipynb #0000003f
 @rule('estimator', name='paper_vision', paper='images')
@@ -434,7 +437,7 @@ def snr_paper_vision(
     square,one = _square(unit)
     e[:M.m] = eigs*square/cols
     below = np.median(e)+1e-8*one
-    return float(e[0]/below) if below else inf
+    return float(e[0])/float(below) if below else inf
 
 # %% ../nbs/00_spectrum.ipynb #00000041
 @rule('estimator', dict(script=Choice(('first','newest'))), name='spectrum')

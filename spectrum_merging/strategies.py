@@ -106,7 +106,7 @@ def lines(
     scale:float=.5, # λ in the middle of the network
     slope:float=1., # λ·(1−slope/2) in the first layer, λ·(1+slope/2) in the last; −2 to 2
 ) -> np.ndarray: # (K, 1+N) coefficients, base first
-    "W₀ + (α + β·depth) Σ Dₜ ([Wang et al. 2025](https://arxiv.org/abs/2410.17146))"
+    "W₀ + λ (1 + slope·depth) Σ Dₜ, depth −½ to ½: a variant of LiNeS ([Wang et al. 2025](https://arxiv.org/abs/2410.17146)), which starts from α in the first block"
     depth = np.linspace(-.5, .5, shape[0]) if shape[0]>1 else np.zeros(1)
     return _updates(np.repeat(scale*(1+slope*depth)[:,None], shape[1], 1))
 

@@ -23,9 +23,9 @@ def lab(cache): return tiny_lab(cache)
 
 @pytest.fixture(scope='module')
 def chosen(cache):
-    "Settings of a use that goes by SNRs and of shrinkage; of ranks, given"
+    "Settings of shrinkage; of ranks, given"
     ranks = {a.name: (a.texts[0], 1.) for a in u.arms(2, ['ranks of tsv_m'])}
-    return u.choose_settings(tiny_lab(cache, u.tuning_seed), ['gate','shrinkage']) | {'ranks of tsv_m': ranks}
+    return u.choose_settings(tiny_lab(cache, u.tuning_seed), ['shrinkage']) | {'ranks of tsv_m': ranks}
 
 @pytest.fixture(scope='module')
 def rows(cache, chosen): return pd.DataFrame([o for s in (0, 1) for o in u.use_rows(tiny_lab(cache, s), chosen)])
@@ -107,10 +107,10 @@ def test_settings_come_from_another_seed(cache, lab, chosen, monkeypatch):
         seen.add(self.seed)
         return held(self, merged)
     monkeypatch.setattr(Lab, 'held_out', watched)
-    found = u.tuned_rows(lab, uses=['gate','shrinkage'])
+    found = u.tuned_rows(lab, uses=['shrinkage'])
     assert seen=={u.tuning_seed} and {r['split'] for r in found}!={'held'}
-    assert {r['method']: (r['setting'], r['number']) for r in found if r['use']=='gate'}==chosen['gate']
-    assert u.tuned_rows(lab, uses=['gate','shrinkage'])==found and seen=={u.tuning_seed}
+    assert {r['method']: (r['setting'], r['number']) for r in found}==chosen['shrinkage']
+    assert u.tuned_rows(lab, uses=['shrinkage'])==found and seen=={u.tuning_seed}
 
 def test_rows_are_paired(rows):
     first = rows[rows.role=='measure']
@@ -145,7 +145,7 @@ def test_an_interval_that_holds_zero_is_no_verdict():
 def test_texts_and_three_tasks(tmp_path, monkeypatch):
     "As an experiment of two and of three tasks, from its folder alone"
     some = [a for a in u.arms(3) if a.use=='gate']
-    monkeypatch.setattr(u, 'arms', lambda n=2, uses=None: [replace(a, texts=a.texts[:1], numbers=(.4, .6)) for a in some
+    monkeypatch.setattr(u, 'arms', lambda n=2, uses=None: [replace(a, texts=a.texts[:1], numbers=(.4, .6), draws=1) for a in some
         if a.name!='the same λ'][:3] + [replace(a, numbers=(.4, .6)) for a in some if a.name=='the same λ'])
     res = run(where_snr[1], out=tmp_path/'out', budget=tiny_text, base=tiny_base(tmp_path), cache=tmp_path, progress=False,
         tasks=generated_texts(['SST-2','CoLA','Emotion']))

@@ -6,13 +6,15 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from spectrum_merging import folder, stream
 from spectrum_merging.cli import merge_cli
+from spectrum_merging.edges import measure
 from spectrum_merging.interop import to_mergekit
 from spectrum_merging.merge import load_task, merge
 from spectrum_merging.operations import *
 from spectrum_merging.plan import Plan, make_plan, mixture, tensor_name
 from spectrum_merging.preflight import PreflightError
 from spectrum_merging.rules import recipe, rules as known
-from spectrum_merging.spectrum import shrink
+from spectrum_merging.scan import scan
+from spectrum_merging.spectrum import shrink, snr_spectrum, spectrum
 from spectrum_merging.strategies import lines, snr_gate, task_arithmetic
 from spectrum_merging.verify import verify
 from threadpoolctl import threadpool_info, threadpool_limits
@@ -22,7 +24,9 @@ scripts = Path(sys.executable).parent
 frugal = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 nan,inf = float('nan'),float('inf')
 of_updates = dict(ridge_mean=ridge_mean, tsv_m=tsv_m, iso_c=iso_c, shrink_mean=shrink_mean, ties=ties,
-    dare=dare, half_iso=partial(iso_c, beta=.5), all_tsv=partial(tsv_m, share=1.))
+    dare=dare, half_iso=partial(iso_c, beta=.5), all_tsv=partial(tsv_m, share=1.), edge_tsv=partial(tsv_m, rank='edge'),
+    two_iso=partial(iso_c, rank=2), edge_iso=partial(iso_c, rank='edge'), iso_cts=iso_cts, half_cts=partial(iso_cts, common=.5),
+    edge_cts=partial(iso_cts, rank='edge'), trimmed=partial(ties, trim='0.3'))
 
 def normal(*shape, seed=0): return np.random.default_rng(seed).normal(size=shape)
 def updates(shape, n, seed=0, rank=None):
@@ -45,7 +49,8 @@ def literal_ridge(ds, eps):
     ds = [d for d in ds if d.any()]
     Gs = [d.T@d/(d**2).sum() for d in ds]
     e = eps*np.trace(sum(Gs))/len(Gs[0])
-    return (sum(d@G for d,G in zip(ds, Gs))+e*sum(ds)) @ np.linalg.inv(sum(Gs)+e*np.eye(len(Gs[0])))
+    c = min(1, sum((d**2).sum() for d in ds)/(sum(ds)**2).sum())
+    return (sum(d@G for d,G in zip(ds, Gs))+e*c*sum(ds)) @ np.linalg.inv(sum(Gs)+e*np.eye(len(Gs[0])))
 
 @frugal
 @given(shapes, st.integers(1, 4), st.sampled_from([None, 1, 2]), st.sampled_from([.01, .1, 1., 100.]),
@@ -56,9 +61,12 @@ def test_ridge_mean(shape, n, rank, eps, with_zero, seed):
     close(ridge_mean(ds, eps), literal_ridge(ds, eps), 1e-7)
 
 def test_ridge_mean_limits():
-    "A large ridge is the sum; updates with inputs of their own are kept whole by a small one"
+    "A large ridge is the sum, at most at its parts' norm; updates with inputs of their own are kept whole by a small one"
     ds = updates((5, 40), 3)
-    close(ridge_mean(ds, 1e8), sum(ds), 1e-5)
+    c = min(1, sum((d**2).sum() for d in ds)/(sum(ds)**2).sum())
+    close(ridge_mean(ds, 1e8), c*sum(ds), 1e-5)
+    close(ridge_mean([ds[0], -.9*ds[0]], 1e8), .1*ds[0], 1e-5) # opposite ones are not blown up
+    assert np.isfinite(ridge_mean([ds[0], -ds[0]])).all()
     ds = [np.zeros((8, 30)) for _ in range(3)]
     for i,d in enumerate(ds): d[:,10*i:10*i+10] = normal(8, 10, seed=i)
     close(ridge_mean(ds, 1e-8), sum(ds), 1e-5)
@@ -66,6 +74,15 @@ def test_ridge_mean_limits():
     for shape in ((40, 200), (200, 40)): # rank 3, at the smallest ridge: as at a larger one
         ds = updates(shape, 2, rank=3)
         close(ridge_mean(ds, 1e-8), ridge_mean(ds, 1e-7), 1e-4)
+
+@frugal
+@given(shapes, st.integers(1, 5), st.sampled_from([None, 1, 2]), st.floats(-6, 8), st.sampled_from([1e-9, 1., 1e9]),
+    st.integers(0, 99))
+def test_ridge_mean_of_equal_experts(shape, k, rank, power, size, seed):
+    "Equal experts are that expert at scale 1, however many and whatever the ridge"
+    d = size*updates(shape, 1, seed, rank)[0]
+    close(ridge_mean([d]*k, 10**power), d, 1e-8)
+    close(ridge_mean([d]*k+[0*d], 10**power), d, 1e-8)
 
 @frugal
 @given(shapes, st.integers(1, 4), st.sampled_from([0., .5, .9, 1.]), st.integers(0, 99))
@@ -122,6 +139,127 @@ def test_tsv_m_one_row_or_column():
         got = tsv_m([t(normal(1, 9)), t(normal(1, 9, seed=1))])
         assert got.shape==t(normal(1, 9)).shape and np.isfinite(got).all()
 
+# --- ranks
+
+def planted(shape, k, seed=0, noise=.1):
+    "An update with k strong directions"
+    rng = np.random.default_rng(seed)
+    u,v = (np.linalg.qr(rng.normal(size=(n, k)))[0] for n in shape)
+    return u*np.linspace(30, 20, k)@v.T + rng.normal(0, noise, shape)
+
+def test_ranks_of_updates():
+    "'edge' is what `measure` counts, 1 at least; one number serves all"
+    ds = [planted((40, 90), k, k) for k in (3, 7)]
+    assert ranks('edge', ds)==[3, 7]==[measure(d)['n_spikes'] for d in ds]
+    for low in (np.zeros((4, 5)), normal(1, 30), normal(30, 1), normal(60, 60)): assert ranks('edge', [low])==[1]
+    for rank in (5, '5', '5+5'): assert ranks(rank, ds)==[5, 5]
+    assert ranks('3+7', ds)==[3, 7]
+    for rank in ('1+2+3', '4+4+4'):
+        with pytest.raises(ValueError, match='rank is .*: pass one number for all, or 2, one per update'): ranks(rank, ds)
+    with pytest.raises(ValueError, match='pass one number for all, or 1'): iso_c(ds, rank='3+7')
+
+@pytest.mark.parametrize('text,want', [('edge', 'edge'), ('18', '18'), ('18+30', '18+30'), (' 18 + 030 ', '18+30')])
+def test_rank_as_text(text, want):
+    for name in ('tsv_m', 'iso_c', 'iso_cts'):
+        made = operation(f'{name}(rank={text})')
+        assert made.text==f'{name}(rank={want})' and operation(made.text)==made and made.settings==dict(rank=want)
+
+@pytest.mark.parametrize('text', ['0', '-1', '1.5', '', '+', '3+', '3+0', 'edges', 'nan', '1e3', '3;4', '4+edge'])
+def test_wrong_rank(text):
+    with pytest.raises(ValueError) as e: operation(f'tsv_m(rank={text})')
+    assert f"rank is {text!r}: pass a whole number of 1 or more" in str(e.value) and "or 'edge'" in str(e.value)
+    for f in (tsv_m, iso_c, iso_cts):
+        with pytest.raises(ValueError, match='rank is'): f(updates((3, 4), 2), rank=text)
+
+@frugal
+@given(shapes, st.integers(1, 4), st.lists(st.integers(1, 30), min_size=4, max_size=4), st.integers(0, 99))
+def test_tsv_m_rank(shape, n, ks, seed):
+    "As many of each update as asked for; the same as a share where these are equal"
+    ds = updates(shape, n, seed)
+    ks = ks[:n]
+    us,ss,vs = zip(*[np.linalg.svd(d, full_matrices=False) for d in ds])
+    def ortho(x):
+        u,s,v = np.linalg.svd(x, full_matrices=False)
+        return u[:,s>1e-7*s[0]]@v[s>1e-7*s[0]]
+    U = np.concatenate([u[:,:k] for u,k in zip(us, ks)], 1)
+    V = np.concatenate([v[:k] for v,k in zip(vs, ks)])
+    s = np.concatenate([s[:k] for s,k in zip(ss, ks)])
+    if all(np.linalg.cond(o)<1e6 for o in (U, V)): close(tsv_m(ds, rank='+'.join(map(str, ks))), ortho(U)*s@ortho(V), 1e-6)
+    k = max(1, min(shape)//n)
+    assert np.array_equal(tsv_m(ds, rank=k), tsv_m(ds))
+
+def test_tsv_m_edge():
+    ds = [planted((40, 90), k, k) for k in (3, 7)]
+    got = tsv_m(ds, rank='edge')
+    assert np.array_equal(got, tsv_m(ds, rank='3+7')) and np.linalg.matrix_rank(got)==10
+    for words in (dict(share=.5, rank=3), dict(share=.5, rank='edge')):
+        with pytest.raises(ValueError, match=r'share=0.5 and rank=.* are both given: choose one'): tsv_m(ds, **words)
+    with pytest.raises(ValueError, match='both given'): operation('tsv_m(share=0.5, rank=3)')(updates=ds)
+
+@frugal
+@given(shapes, st.integers(1, 3), st.integers(1, 30), st.sampled_from([0., .3, 1.]), st.integers(0, 99))
+def test_iso_c_rank(shape, n, k, beta, seed):
+    ds = updates(shape, n, seed)
+    u,s,v = (o[...,:k] if i<2 else o[:k] for i,o in enumerate(np.linalg.svd(sum(ds), full_matrices=False)))
+    close(iso_c(ds, beta, rank=k), (u*((1-beta)*s+beta*s.mean()))@v, 1e-6)
+    if k>=min(shape): assert np.array_equal(iso_c(ds, beta, rank=k), iso_c(ds, beta))
+
+def test_iso_c_edge():
+    "The sum's own edge: level where the sum has signal, nothing elsewhere"
+    ds = [planted((40, 90), k, k) for k in (3, 7)]
+    s = np.linalg.svd(iso_c(ds, rank='edge'))[1]
+    assert measure(sum(ds))['n_spikes']==10 and np.allclose(s[:10], s[0]) and s[10]<1e-9*s[0]
+
+def literal_cts(ds, common):
+    "As the authors' code goes about it: github.com/danielm1405/iso-merging"
+    r,n = min(ds[0].shape),len(ds)
+    total = round((r-int(r*common))/n)*n
+    k = r-total
+    u,s,v = np.linalg.svd(sum(ds), full_matrices=False)
+    us,ss,vs = [],[],[]
+    for d in ds:
+        a,b,c = np.linalg.svd(d-u[:,:k]@(u[:,:k].T@d), full_matrices=False)
+        us.append(a[:,:total//n]), ss.append(b[:total//n]), vs.append(c[:total//n])
+    def ortho(parts, axis):
+        a,b,c = np.linalg.svd(np.concatenate(parts, axis), full_matrices=False)
+        return a@c
+    mean = np.concatenate([*ss, s[:k]]).mean()
+    return mean*ortho([*us, u[:,:k]], 1)@ortho([*vs, v[:k]], 0)
+
+@pytest.mark.parametrize('n', [1, 2, 3, 4])
+@pytest.mark.parametrize('common', [.2, .5, .8, 1.])
+@pytest.mark.parametrize('shape', [(20, 20), (20, 50), (50, 20), (33, 40)])
+def test_iso_cts(shape, common, n):
+    ds = [normal(*shape, seed=i) for i in range(n)]
+    close(iso_cts(ds, common), literal_cts(ds, common), 1e-6)
+    s = np.linalg.svd(iso_cts(ds, common))[1]
+    assert np.allclose(s, s[0]) # level
+
+def test_iso_cts_rank():
+    "Only so many directions of each; no more places than they need; too many tasks leave the sum's"
+    ds = [planted((40, 90), k, k) for k in (3, 7)]
+    cut = [(u[:,:k]*s[:k])@v[:k] for k,(u,s,v) in zip((3, 7), map(np.linalg.svd, ds))]
+    got = iso_cts(ds, rank='edge')
+    close(got, iso_cts(cut, rank='3+7'), 1e-7)
+    s = np.linalg.svd(got)[1]
+    assert np.allclose(s[:10], s[0]) and s[10]<1e-9*s[0]
+    close(iso_cts(ds, rank=1000), iso_cts(ds), 1e-7)
+    few = [normal(3, 9, seed=i) for i in range(7)]
+    close(iso_cts(few, common=0), iso_c(few), 1e-9)
+    low = updates((20, 30), 2, rank=1)
+    assert np.linalg.matrix_rank(iso_cts(low))==2 # rounding is no direction
+
+def test_plan_with_ranks(tmp_path):
+    ms,base = experts('bert', 2),bert(0)
+    for rule in ('tsv_m(rank=edge)', 'tsv_m(rank=2+3)', 'iso_c(rank=edge)', 'iso_cts(common=0.5, rank=edge)'):
+        plan = make_plan(rule, ms, base)
+        back = Plan.load(plan.save(tmp_path/f'{rule}.csv'))
+        assert back.digest==plan.digest and rule in set(back.table.op)
+        k = 'bert.encoder.layer.1.output.dense.weight'
+        w0,*ws = [wide(o[k]) for o in (base, *ms.values())]
+        want = w0+operation(rule)(updates=[w-w0 for w in ws])
+        assert np.allclose(wide(merge(back, ms, base)[k]), want, atol=1e-6)
+
 @frugal
 @given(shapes, st.integers(1, 3), st.sampled_from([0., .3, 1.]), st.integers(0, 99))
 def test_iso_c(shape, n, beta, seed):
@@ -157,6 +295,44 @@ def test_ties(shape, n, density, coarse, seed):
     ds = updates(shape, n, seed)
     if coarse: ds = [np.round(d) for d in ds]
     close(ties(ds, density), literal_ties(ds, density), 1e-12)
+
+def global_ties(tensors, density):
+    "Trimmed over all tensors of a model at once, as the authors do"
+    n = len(next(iter(tensors.values())))
+    flat = [np.concatenate([abs(ds[i]).ravel() for ds in tensors.values()]) for i in range(n)]
+    floors = [np.sort(o)[-max(1, round(len(o)*density))] for o in flat]
+    return {k: ties([np.where(abs(d)>=f, d, 0) for d,f in zip(ds, floors)], 1) for k,ds in tensors.items()}
+
+@frugal
+@given(st.lists(shapes, min_size=1, max_size=4), st.integers(1, 3), st.sampled_from([.01, .2, .5, 1.]), st.booleans(),
+    st.integers(0, 99))
+def test_global_ties(shapes, n, density, coarse, seed):
+    "Also where a tensor keeps nothing, and where many entries are of one size"
+    tensors = {f'l{i}': [10.**-i*d for d in updates(s, n, seed+i)] for i,s in enumerate(shapes)}
+    if coarse: tensors = {k: [np.round(d) for d in ds] for k,ds in tensors.items()}
+    shares,want = trim_shares(tensors, density),global_ties(tensors, density)
+    for k,ds in tensors.items():
+        made = operation(f'ties(trim={shares[k]})')
+        close(made(updates=ds), want[k], 1e-12)
+        assert operation(made.text)==made
+
+def test_global_ties_in_a_plan():
+    ms,base = experts('bert', 2),bert(0)
+    plan = make_plan('ties', ms, base, scale=.7)
+    names = plan.table.name[plan.table.op.str.startswith('ties')]
+    tensors = {k: [wide(m[k])-wide(base[k]) for m in ms.values()] for k in names}
+    plan.table.loc[names.index, 'op'] = [f'ties(trim={o})' for o in trim_shares(tensors).values()]
+    got,want = merge(plan, ms, base),global_ties(tensors, .2)
+    for k in names: assert np.allclose(wide(got[k]), wide(base[k])+.7*want[k].reshape(base[k].shape), atol=1e-6)
+
+def test_wrong_trim():
+    for text,words in (('2', "trim is '2': pass a share from 0 to 1, for all updates or one for each joined by +"),
+            ('0.1+x', "trim is '0.1+x'"), ('nan', "trim is 'nan'")):
+        with pytest.raises(ValueError) as e: operation(f'ties(trim={text})')
+        assert words in str(e.value)
+    with pytest.raises(ValueError, match='one per update'): ties(updates((3, 4), 2), trim='0.1+0.2+0.3')
+    with pytest.raises(ValueError, match='density is 0'): trim_shares(dict(a=updates((3, 4), 2)), 0)
+    assert trim_shares(dict(a=[np.zeros((0, 3))]*2, b=updates((3, 4), 2)))['a']=='1.0+1.0'
 
 def test_dare():
     "The share kept, the scale, the expectation; layers and models lose other entries"
@@ -211,13 +387,40 @@ def test_polar(shape, rank, scale, seed):
     u,s,v = np.linalg.svd(x, full_matrices=False)
     if ((s<1e-4*s[0]) & (s>1e-12*s[0])).any(): return
     keep = s > 1e-12*s[0]
-    close(polar(x), u[:,keep]@v[keep], 1e-6)
+    close(polar(x), u[:,keep]@v[keep], 1e-8)
     u,s,v = gram_svd(x)
     assert (u.shape,s.shape,v.shape)==((shape[0], keep.sum()), (keep.sum(),), (keep.sum(), shape[1]))
     close((u*s)@v, x, 1e-9)
     close(s, np.linalg.svd(x)[1][:len(s)], 1e-12)
-    close(v@v.T, np.eye(len(s)), 1e-6)
-    close(u.T@u, np.eye(len(s)), 1e-6)
+    close(v@v.T, np.eye(len(s)), 1e-8)
+    close(u.T@u, np.eye(len(s)), 1e-8)
+
+@frugal
+@given(st.sampled_from([(60, 40), (40, 60), (50, 50), (90, 20), (2, 60)]), st.floats(0, 6.9), st.integers(0, 3), st.integers(0, 99))
+def test_polar_of_any_condition(shape, power, kind, seed):
+    "Orthonormal to 1e-8, and the nearest such matrix, up to a condition of 1e7, whatever lies between"
+    k = min(shape)
+    u,v = (np.linalg.qr(normal(n, k, seed=seed+i))[0] for i,n in enumerate(shape))
+    low = 10**-power
+    s = [np.geomspace(1, low, k), np.r_[np.ones(k-1), low], np.r_[1, np.full(k-1, low)],
+        np.r_[np.ones(k-k//2), np.full(k//2, low)]][kind]
+    x = u*s@v.T
+    got = polar(x)
+    close(got.T@got if shape[0]>=shape[1] else got@got.T, np.eye(k), 1e-8)
+    close(got, u@v.T, 1e-14*10**power+2e-8)
+
+@pytest.mark.parametrize('gap', [1e-3, 1e-5, 1e-6, 3e-7])
+@pytest.mark.parametrize('n', [1, 30])
+def test_polar_of_nearly_equal_bases(gap, n):
+    q = np.linalg.qr(normal(200, n))[0]
+    x = np.concatenate([q, q+gap*np.linalg.qr(normal(200, n, seed=1))[0]], 1)
+    close(polar(x).T@polar(x), np.eye(2*n), 1e-8)
+    close(polar(x.T), polar(x).T, 1e-8)
+
+def test_svd_that_does_not_converge():
+    x = np.diag([1., 1e-5])
+    def fails(*_, **__): raise np.linalg.LinAlgError('SVD did not converge')
+    with patch.object(np.linalg, 'svd', fails): close(polar(x), np.eye(2), 1e-8)
 
 @pytest.mark.parametrize('gap', [1e-2, 1e-4, 1e-5, 0.])
 def test_polar_of_almost_equal_bases(gap):
@@ -313,7 +516,7 @@ def test_one_blas_thread(workers):
 
 @pytest.mark.parametrize('text,words', [('', 'unknown'), ('sum', "'sum' is unknown: choose one of 'regmean', 'ridge_mean'"),
     ('ties(', 'unknown'), ('ties)', 'unknown'), ('ties(density=.1', 'unknown'), ('ties(density=.1)x', 'unknown'),
-    ('ridge_mean(.3)', "no setting '.3': it takes eps"), ('shrink_mean(eps=1)', 'it takes none'),
+    ('ridge_mean(.3)', "no setting '.3': it takes eps"), ('shrink_mean(eps=1)', 'it takes estimator'),
     ('slerp(mix=1)', 'it takes none'), ('regmean(grams=1)', 'it takes alpha'), ('ridge_mean(eps)', "eps is '', not a number"),
     ('ridge_mean(eps=x)', "eps is 'x', not a number"), ('ridge_mean(eps=1, eps=2)', 'gives eps twice'),
     ('ridge_mean(eps=0)', 'eps is 0.0: pass a ridge'), ('ridge_mean(eps=-1)', 'pass a ridge'),
@@ -873,3 +1076,49 @@ def test_as_mergekit():
     for t in (0., .3, .5, 1.):
         theirs = their_slerp(torch.tensor(t), *(torch.from_numpy(o).reshape(1, -1) for o in (a, b)))
         close(slerp([a, b], [1-t, t]), theirs.numpy().reshape(20, 30), 1e-6)
+
+# --- numbers whose squares are none
+
+powers = (-300, -220, -170, -150, -100, 100, 149, 152, 154, 170, 220, 300)
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('power', powers)
+@pytest.mark.parametrize('shape', [(30, 80), (80, 30), (25, 25)])
+@pytest.mark.parametrize('offset', [0, 2])
+def test_whole_range_of_fp64(shape, power, offset):
+    "The same ratios at any scale, noise level and norm in its units; nothing overflows, nobody is warned"
+    W = planted(shape, 3)+offset
+    here,there = spectrum(W),spectrum(W*10.**power)
+    for k in ('n_spikes', 'snr', 'snr_ratio', 'stable_rank', 'effective_rank', 'ks'):
+        assert getattr(there, k)==pytest.approx(getattr(here, k), rel=1e-8), k
+    for k in ('sigma', 'norm'): assert getattr(there, k)/10.**power==pytest.approx(getattr(here, k), rel=1e-8), k
+    root = math.sqrt(there.edge)*there.unit
+    assert root/10.**power==pytest.approx(math.sqrt(here.edge), rel=1e-8)
+    if abs(power)<140 or abs(power)>160: assert (there.unit==1)==(abs(power)<140)
+    close(shrink(W*10.**power)/10.**power, shrink(W), 1e-8)
+    for e in ('mp', 'paper_nlp', 'paper_vision', 'spectrum', 'spectrum(script=newest)'):
+        assert all(v==v for v in measure(W*10.**power, e).values())
+    if power>20 and shape[0]<=shape[1]: # constants do not count
+        for e in ('paper_nlp', 'paper_vision'): assert measure(W*10.**power, e)['snr']==pytest.approx(measure(W, e)['snr'], rel=1e-5)
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('power', [-300, -160, 160, 300])
+def test_scan_of_huge_numbers(power):
+    sd = {f'l{i}.weight': torch.from_numpy(planted((20, 40), 2, i)*10.**power) for i in range(2)}
+    base = {k: torch.zeros_like(v) for k,v in sd.items()}
+    small = scan({k: v/10.**power for k,v in sd.items()}, progress=False)
+    for of in (None, base):
+        found = scan(sd, of, progress=False)
+        assert np.allclose(found.snr, small.snr, rtol=1e-6) and np.isfinite(found[['edge', 'norm', 'sigma']]).all().all()
+
+def test_script_of_spectrum():
+    "The newest differs where nothing is below its threshold, and only there"
+    for seed in range(20):
+        W = normal(30, 30+10*seed, seed=seed)
+        s = np.linalg.svd(W)[1]
+        low = s <= np.subtract(*np.quantile(s, [.75, .25]))/1.349*(1+math.sqrt(30/W.shape[1]))
+        want = s[~low].sum()/(s[low].sum() if low.any() else 1)/s[0]
+        assert snr_spectrum(W, script='newest')==pytest.approx(want, rel=1e-9)
+        assert snr_spectrum(W)==(pytest.approx(want, rel=1e-9) if low.any() else inf)
+    assert measure(W, 'spectrum(script=newest)')['snr']==snr_spectrum(W, script='newest')
+    with pytest.raises(ValueError, match="script is 'old': choose one of 'first', 'newest'"): measure(W, 'spectrum(script=old)')

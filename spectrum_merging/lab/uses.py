@@ -15,6 +15,7 @@ import numpy as np, pandas as pd
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from ..edges import measure
 from ..evaluate import bootstrap, control_scans, controls, mcnemar
 from .merges import Lab, Merge
 from .parts import finished, sound_strategies
@@ -22,7 +23,6 @@ from .report import Experiment, experiments
 from ..parallel import map_single_threaded, n_cores
 from ..plan import Plan
 from ..rules import rules
-from ..edges import measure
 from ..spectrum import gram_eigs
 
 # %% ../../nbs/lab/58_uses.ipynb #00000007
