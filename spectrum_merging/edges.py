@@ -72,10 +72,10 @@ def flipped_tops(
 def n_draws(
     m:int, # Smaller side
     n:int, # Larger side
-) -> int: # 6 to 12
+) -> int: # 6 to 20
     "How many sign-flipped copies of a matrix are looked at"
-    # Six draws of 768 × 3,072 cost less than its products; twelve of a small matrix still cost milliseconds.
-    return int(np.clip(1.2e6/(m*n), 6, 12))
+    # Six draws of 768 × 3,072 cost less than its products; twenty of a small matrix still cost milliseconds.
+    return int(np.clip(1.2e6/(m*n), 6, 20))
 
 def flip_edge(
     tops:np.ndarray, # (k,) from `flipped_tops`
@@ -89,7 +89,7 @@ def flip_edge(
     mu,s = (a+b)**2,(a+b)*(1/a+1/b)**(1/3)
     mean = float(tops.mean())
     sd = max(float(tops.std(ddof=1)), mean*1.268*s/(mu-1.2065*s))
-    return mean+float(stdtrit(k-1, 1-alpha/2))*sqrt(1+1/k)*sd, sd/sqrt(k)
+    return mean+float(stdtrit(k-1, 1-alpha))*sqrt(1+1/k)*sd, sd/sqrt(k)
 
 # %% ../nbs/02_edges.ipynb #0000000d
 def _signal(e, edge, m, n, alpha):
@@ -117,7 +117,10 @@ def _whole(M, mean, scale, vec=None, part=None):
         return Y.astype('f4')
     return np.concatenate([one(Y) for Y in M.pieces()], 1)
 
-def _edge_of(A, m, n, alpha, unit): return [o*unit/n for o in flip_edge(flipped_tops(A, n_draws(m, n)), m, n, alpha)]
+def _edge_of(A, m, n, alpha, unit):
+    "Edge, its error, and where nine of ten draws end"
+    tops = flipped_tops(A, n_draws(m, n))*unit/n
+    return *flip_edge(tops, m, n, alpha),flip_edge(tops, m, n, .1)[0]
 
 def _below_spikes(M, G, e, mean, scale, edge, alpha):
     "The edge with spikes taken off, and again with as many as then stand out; or None where that has no end"
@@ -125,12 +128,12 @@ def _below_spikes(M, G, e, mean, scale, edge, alpha):
     if not k: return edge
     if _endless(e, edge[0], m, n, alpha): return None
     vec = np.linalg.eigh(G)[1][:,::-1]
-    # Two rounds settle most matrices; what has not settled in six will not.
-    for _ in range(6):
+    # Two rounds settle most matrices; what has not settled in four will not.
+    for _ in range(4):
         part = np.sqrt(_signal(e[:k], edge[0], m, n, alpha)/e[:k])
         found = _edge_of(_whole(M, mean, scale, vec[:,:k], part), m, n, alpha, e.mean())
         new = int((e > found[0]).sum())
-        if new<=k: return min(found, edge)
+        if new<=k: return min(found, edge) if e[k]<found[2] else None
         k = new
         if _too_many(k, m): return None
 
@@ -164,7 +167,7 @@ def flip(
     scale,floor = unit*sqrt(e.mean()),rounding_level(M, e)*noise_edge(m, n, alpha)
     edge = _edge_of(_whole(M, mean, scale), m, n, alpha, e.mean())
     lower = _below_spikes(M, G, e, mean, scale, edge, alpha)
-    edge,error = lower or edge
+    edge,error,_ = lower or edge
     return _made(e, m, n, unit, max(edge, floor), error, alpha, lower is not None)
 
 # %% ../nbs/02_edges.ipynb #00000013
