@@ -125,6 +125,8 @@ def _edge_of(A, m, n, alpha, unit):
 def _below_spikes(M, G, e, mean, scale, edge, alpha):
     "The edge with spikes taken off, and again with as many as then stand out; or None where that has no end"
     m,n,k = M.m,M.n,int((e > edge[0]).sum())
+    # So many more than at first may come to light without a look at what is left: it too is no draw of the crowd one time in ten.
+    few = k+3
     if not k: return edge
     if _endless(e, edge[0], m, n, alpha): return None
     vec = np.linalg.eigh(G)[1][:,::-1]
@@ -133,7 +135,7 @@ def _below_spikes(M, G, e, mean, scale, edge, alpha):
         part = np.sqrt(_signal(e[:k], edge[0], m, n, alpha)/e[:k])
         found = _edge_of(_whole(M, mean, scale, vec[:,:k], part), m, n, alpha, e.mean())
         new = int((e > found[0]).sum())
-        if new<=k: return min(found, edge) if e[k]<found[2] else None
+        if new<=k: return min(found, edge) if k<=few or e[k]<found[2] else None
         k = new
         if _too_many(k, m): return None
 

@@ -221,7 +221,7 @@ def shrink_arms(
 
 # %% ../../nbs/lab/58_uses.ipynb #00000015
 # Around what the papers use; wide, since fewer directions ask for more of them.
-_scales = dict(tsv_m=(.5, .7, 1., 1.3, 1.7), iso_c=(.4, .6, .9, 1.3, 1.9), iso_cts=(.4, .6, .9, 1.3, 1.9))
+_scales = dict(tsv_m=(.5, .7, 1., 1.3, 1.7, 2.2, 2.9), iso_c=(.6, .9, 1.3, 1.9, 2.8, 4., 6.), iso_cts=(.6, .9, 1.3, 1.9, 2.8, 4., 6.))
 
 def arms(
     n:int=2, # How many models
