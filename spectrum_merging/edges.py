@@ -6,7 +6,7 @@ Docs: nbs/02_edges.ipynb"""
 
 # %% auto #0
 __all__ = ['default_estimator', 'random_signs', 'largest_eigenvalue', 'flipped_tops', 'n_draws', 'flip_edge', 'flip', 'balance',
-           'equalise', 'biwhiten', 'dyson', 'measure', 'snr']
+           'equalise', 'biwhiten', 'dyson', 'measure', 'snr', 'shrinker', 'shrink']
 
 # %% ../nbs/02_edges.ipynb #00000002
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.random import PCG64
 from scipy.special import stdtrit
 from .rules import recipe, rule
 from .spectrum import (Matrix, Spectrum, as_matrix, centred, ks_distance, matrix, noise_edge, rank_measures,
-    rounding_level, spectrum, spike_strength, square_unit)
+    rounding_level, spike_strength, square_unit)
 
 # %% ../nbs/02_edges.ipynb #00000008
 def random_signs(
@@ -108,6 +108,7 @@ def _endless(e, edge, m, n, alpha):
         new = int((e > edge*(1-_signal(e[:k], edge, m, n, alpha).sum()/e.sum())).sum())
     return _too_many(new, m)
 
+# %% ../nbs/02_edges.ipynb #b0000000
 def _whole(M, mean, scale, vec=None, part=None):
     "`(M−mean)/scale` in fp32, less the share `part` of each direction in `vec`"
     def one(Y):
@@ -273,3 +274,36 @@ def snr(
 ) -> float: # Signal-to-noise ratio; each estimator has a scale of its own
     "Signal-to-noise ratio of a matrix. Raises what `measure` raises"
     return measure(W, estimator, name)['snr']
+
+# %% ../nbs/02_edges.ipynb #a0000002
+def shrinker(
+    y, # Singular values in units of σ√n, any shape
+    beta:float, # Aspect ratio m/n
+) -> np.ndarray: # Shrunken values, same unit
+    "Optimal singular-value shrinker for squared error ([Gavish & Donoho 2017](https://arxiv.org/abs/1405.7511))"
+    y = np.asarray(y, float)
+    t = np.sqrt(np.clip((y*y-beta-1)**2-4*beta, 0, None))
+    return np.where(y > 1+sqrt(beta), np.divide(t, y, out=np.zeros_like(y), where=y>0), 0.)
+
+# %% ../nbs/02_edges.ipynb #a0000003
+def shrink(
+    W, # Float tensor with ≥ 2 dimensions
+    estimator:str='mp', # A rule of kind 'estimator' that gives a `Spectrum` of the matrix itself
+): # Same type, shape and dtype
+    "`W` without noise: its mean plus shrunken singular values. Raises `ValueError` (estimator) or what `as_matrix` raises"
+    A,s = as_matrix(W),recipe(estimator, 'estimator', 'estimator')(M=W, name='W')
+    if not isinstance(s, Spectrum) or abs(sqrt(s.eigs.sum()*s.n)*s.unit-s.norm) > 1e-6*s.norm:
+        raise ValueError(f"estimator {estimator} has no edge for the singular values of the matrix itself: choose another")
+    if not s.sigma: return W.clone() if hasattr(W, 'clone') else np.array(W)
+    if s.unit!=1: return shrink(W/s.unit, estimator)*s.unit
+    mean = A.mean()
+    B = A-mean if A.shape[0]<=A.shape[1] else (A-mean).T
+    val,vec = np.linalg.eigh(B@B.T)
+    # The noise of an edge that was drawn has no one level: one that ends there stands for it.
+    level = s.sigma if not s.edge_error else sqrt(s.edge/noise_edge(s.m, s.n))
+    y = np.sqrt(val.clip(min=0)/s.n)/level
+    gain = np.divide(shrinker(y, s.beta), y, out=np.zeros_like(y), where=y>0)
+    B = (vec*gain)@vec.T@B
+    res = (B if A.shape[0]<=A.shape[1] else B.T)+mean
+    res = np.ascontiguousarray(res).reshape(W.shape)
+    return W.new_tensor(res) if hasattr(W, 'new_tensor') else res.astype(W.dtype)

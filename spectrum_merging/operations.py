@@ -12,10 +12,9 @@ __all__ = ['Each', 'gram_svd', 'polar', 'regmean', 'ridge_mean', 'ranks', 'tsv_m
 import numpy as np, zlib
 from dataclasses import dataclass
 from scipy.linalg import svd as slow_svd
-from .rules import Choice, Range, Recipe, recipe, rule
+from .rules import Choice, Range, Recipe, recipe, rule, rule_names
 from threadpoolctl import threadpool_limits
-from .edges import flip, measure
-from .spectrum import shrink, spectrum
+from .edges import measure, shrink
 
 # %% ../nbs/35_operations.ipynb #00000008
 _part = Range(0, 1, 'a share from 0 to 1')
@@ -208,16 +207,13 @@ def iso_cts(
     return mean*polar(np.concatenate(us, 1))@polar(np.concatenate(vs))
 
 # %% ../nbs/35_operations.ipynb #0000001f
-_edges = dict(mp=spectrum, flip=flip) # Those whose edge is one of the matrix itself
-
-@rule('matrix', dict(estimator=Choice(tuple(_edges))), homogeneous=True)
+@rule('matrix', dict(estimator=Choice(tuple(rule_names('estimator')))), homogeneous=True)
 def shrink_mean(
     updates:list, # (out, in) each
-    estimator:str='mp', # Whose noise edge: 'mp' for noise of one size, 'flip' for any
+    estimator:str='mp', # Whose noise edge; one that `shrink` takes
 ) -> np.ndarray: # (out, in)
-    "Σ of updates shrunk to their signal ([Gavish & Donoho 2017](https://arxiv.org/abs/1405.7511))"
-    f = _edges[estimator]
-    return sum(shrink(_f64(d), f) if min(d.shape)>1 else _f64(d) for d in updates)
+    "Σ of updates shrunk to their signal ([Gavish & Donoho 2017](https://arxiv.org/abs/1405.7511)). Raises `ValueError`"
+    return sum(shrink(_f64(d), estimator) if min(d.shape)>1 else _f64(d) for d in updates)
 
 # %% ../nbs/35_operations.ipynb #00000022
 def _floor(d, n):

@@ -7,8 +7,8 @@ Docs: nbs/00_spectrum.ipynb"""
 # %% auto #0
 __all__ = ['PIECE', 'Matrix', 'matrix', 'as_matrix', 'gram_eigs', 'mp_edges', 'mp_density', 'mp_cdf', 'mp_median', 'tw_quantile',
            'noise_edge', 'median_blur', 'bulk_level', 'noise_level', 'spike_strength', 'ks_distance', 'Spectrum',
-           'gram', 'square_unit', 'rank_measures', 'centred', 'rounding_level', 'spectrum', 'shrinker', 'shrink',
-           'snr_paper_nlp', 'snr_paper_vision', 'snr_spectrum']
+           'gram', 'square_unit', 'rank_measures', 'centred', 'rounding_level', 'spectrum', 'snr_paper_nlp',
+           'snr_paper_vision', 'snr_spectrum']
 
 # %% ../nbs/00_spectrum.ipynb #00000003
 from dataclasses import dataclass, field
@@ -364,37 +364,6 @@ def spectrum(
     return Spectrum(e*square, m, n, sqrt(var)*unit, edge*square, k, theta, float((theta**2).sum()/m), float(ratio),
         *rank_measures(e), ks, sqrt(e.sum()*n)*unit, r<m//2 and ks*(m-r)<=_rigid, unit=rest)
 
-
-# %% ../nbs/00_spectrum.ipynb #00000038
-def shrinker(
-    y, # Singular values in units of σ√n, any shape
-    beta:float, # Aspect ratio m/n
-) -> np.ndarray: # Shrunken values, same unit
-    "Optimal singular-value shrinker for squared error ([Gavish & Donoho 2017](https://arxiv.org/abs/1405.7511))"
-    y = np.asarray(y, float)
-    t = np.sqrt(np.clip((y*y-beta-1)**2-4*beta, 0, None))
-    return np.where(y > 1+sqrt(beta), np.divide(t, y, out=np.zeros_like(y), where=y>0), 0.)
-
-# %% ../nbs/00_spectrum.ipynb #00000039
-def shrink(
-    W, # Float tensor with ≥ 2 dimensions
-    estimator=spectrum, # Function that gives the `Spectrum` of a matrix; noise of one size that ends at its edge is taken out
-): # Same type, shape and dtype
-    "`W` without noise: its mean plus shrunken singular values. Raises what `as_matrix` raises"
-    A,s = as_matrix(W),estimator(W)
-    if not s.sigma: return W.clone() if hasattr(W, 'clone') else np.array(W)
-    if s.unit!=1: return shrink(W/s.unit, estimator)*s.unit
-    mean = A.mean()
-    B = A-mean if A.shape[0]<=A.shape[1] else (A-mean).T
-    val,vec = np.linalg.eigh(B@B.T)
-    # The noise of an edge that was drawn has no one level: one that ends there stands for it.
-    level = s.sigma if not s.edge_error else sqrt(s.edge/noise_edge(s.m, s.n))
-    y = np.sqrt(val.clip(min=0)/s.n)/level
-    gain = np.divide(shrinker(y, s.beta), y, out=np.zeros_like(y), where=y>0)
-    B = (vec*gain)@vec.T@B
-    res = (B if A.shape[0]<=A.shape[1] else B.T)+mean
-    res = np.ascontiguousarray(res).reshape(W.shape)
-    return W.new_tensor(res) if hasattr(W, 'new_tensor') else res.astype(W.dtype)
 
 # %% ../nbs/00_spectrum.ipynb #0000003d
 def _plain_eigs(M):

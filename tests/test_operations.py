@@ -14,7 +14,8 @@ from spectrum_merging.plan import Plan, make_plan, mixture, tensor_name
 from spectrum_merging.preflight import PreflightError
 from spectrum_merging.rules import recipe, rules as known
 from spectrum_merging.scan import scan
-from spectrum_merging.spectrum import shrink, snr_spectrum, spectrum
+from spectrum_merging.edges import shrink
+from spectrum_merging.spectrum import snr_spectrum, spectrum
 from spectrum_merging.strategies import lines, snr_gate, task_arithmetic
 from spectrum_merging.verify import verify
 from threadpoolctl import threadpool_info, threadpool_limits

@@ -7,7 +7,7 @@ from spectrum_merging.plan import Plan, make_plan
 from spectrum_merging.preflight import PreflightError
 from spectrum_merging.rules import Choice, Range, Recipe, Rule, asked, recipe, rule, rule_names, rules
 from spectrum_merging.scan import scan
-from spectrum_merging.spectrum import snr
+from spectrum_merging.edges import snr
 from spectrum_merging.verify import verify
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ ours = dict(
     layer=['standard','base_reset','snr_winner','snr_lowA','snr_lowB','snr_max','snr_weighted','task_arithmetic','lines',
         'snr_gate'],
     matrix=['regmean','ridge_mean','tsv_m','iso_c','iso_cts','shrink_mean','ties','dare','slerp'],
-    estimator=['mp','paper_nlp','paper_vision','spectrum'])
+    estimator=['mp','paper_nlp','paper_vision','spectrum','flip','biwhiten','dyson'])
 
 def test_ours():
     for kind,names in ours.items(): assert rule_names(kind)[:len(names)]==names
