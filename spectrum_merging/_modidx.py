@@ -1200,7 +1200,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'spectrum_merging.plan.mixture': ('plan.html#mixture', 'spectrum_merging/plan.py'),
                                        'spectrum_merging.plan.model_scans': ('plan.html#model_scans', 'spectrum_merging/plan.py'),
                                        'spectrum_merging.plan.plan_table': ('plan.html#plan_table', 'spectrum_merging/plan.py'),
-                                       'spectrum_merging.plan.unfit_matrices': ('plan.html#unfit_matrices', 'spectrum_merging/plan.py'),
                                        'spectrum_merging.plan.unit_snrs': ('plan.html#unit_snrs', 'spectrum_merging/plan.py')},
             'spectrum_merging.plot': { 'spectrum_merging.plot._finish': ('plot.html#_finish', 'spectrum_merging/plot.py'),
                                        'spectrum_merging.plot.picture': ('plot.html#picture', 'spectrum_merging/plot.py'),

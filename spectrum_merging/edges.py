@@ -190,6 +190,7 @@ def balance(
     for o,keep,found in zip(res, live, (x, y)): o[keep] = found
     return tuple(res)
 
+# %% ../nbs/02_edges.ipynb #b0000001
 def equalise(
     A:np.ndarray, # (m, n), m ≤ n, with `A Aᵀ` = G
     G:np.ndarray, # (m, m)
@@ -205,6 +206,7 @@ def equalise(
     left = max(m-eta*rows.sum(), np.finfo(float).tiny)
     return tuple(np.maximum(1/o-eta, np.finfo(float).tiny)/sqrt(left) for o in (rows, cols))
 
+# %% ../nbs/02_edges.ipynb #b0000002
 def _whitened(M, name, alpha, factors):
     "A `Spectrum` of the matrix with rows and columns divided by their sizes"
     M = matrix(M, name)

@@ -199,7 +199,7 @@ def test_plan_says_what_does_not_fit(tmp_path):
     def model(W): return {'a.weight': torch.tensor(W), 'b.weight': torch.tensor(rng.standard_normal((64, 90)))}
     bad,good = falling(),rng.standard_normal((200, 400))
     plan = make_plan('snr_winner', dict(x=model(bad), y=model(bad+1e-4*good)))
-    assert plan.meta['unfit']==dict(x=1, y=1) and plan.table.unfit.tolist()==['x+y','']
+    assert plan.meta['unfit']==dict(x=1, y=1) and plan.table.unfit.tolist()==['x, y','']
     assert 'does not describe the bulk in x, y' in plan.explain('a.weight') and 'does not describe' not in plan.explain('b.weight')
     assert Plan.load(plan.save(tmp_path/'plan.csv')).explain('a.weight')==plan.explain('a.weight')
     assert 'unfit' not in make_plan('snr_winner', dict(x=model(good), y=model(2*good))).meta

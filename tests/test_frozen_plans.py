@@ -45,7 +45,8 @@ def made(strategy, family, base, scans, **options):
     models,has = kept[family]
     if scans:
         _,estimator,of = scans.split()
-        options['scans'] = scans_of(frozen['scans'][scans], estimator, of)
+        # What was the default then is not the default now.
+        options = dict(estimator=estimator) | options | dict(scans=scans_of(frozen['scans'][scans], estimator, of))
     return make_plan(strategy, models, has if base else None, **options)
 
 def test_enough(): assert len(frozen['plans'])>=220

@@ -65,7 +65,7 @@ ids = torch.arange(4)
 nan,inf = float('nan'),float('inf')
 
 def quick_scans(*names, **made):
-    df = pd.DataFrame(dict(name=['conv1.weight'], snr=[1.], estimator='mp', of='weights') | made)
+    df = pd.DataFrame(dict(name=['conv1.weight'], snr=[1.], estimator='flip', of='weights') | made)
     return dict(scans=dict.fromkeys(names, df))
 
 def wrong(ms, words, id, **kw): return pytest.param(ms, kw, words, id=id)
@@ -112,7 +112,7 @@ def wrong(ms, words, id, **kw): return pytest.param(ms, kw, words, id=id)
     wrong([A, B], ["'snr_winner'", "no use for 'scale'"], 'scale of nothing', scale=.5),
     wrong([A, B], ["'tsv_m'", "no use for 'top'"], 'top of an operation', strategy='tsv_m', base=C, top=50),
     wrong([A, B], ["'lines'", "no use for 'protocol'"], 'paper updates', strategy='lines', base=C, protocol='paper'),
-    wrong([A, B], ["'iqr'", "'mp', 'paper_nlp', 'paper_vision', 'spectrum'"], 'estimator',
+    wrong([A, B], ["'iqr'", "'mp', 'paper_nlp', 'paper_vision', 'spectrum', 'flip'"], 'estimator',
         estimator='iqr'),
     wrong([A, B], ["'layer'", "'unit' or 'paper'"], 'protocol', protocol='layer'),
     wrong([A, B], ["'gradient'", "'weights' or 'update'"], 'of', of='gradient'),
@@ -142,14 +142,14 @@ def wrong(ms, words, id, **kw): return pytest.param(ms, kw, words, id=id)
     wrong({'a/b': A, 'c': B}, ["'a/b'", 'plain words'], 'slash'),
     # scans
     wrong([A, B], ["['x', 'b']", "['a', 'b']"], 'scans of others', **quick_scans('x', 'b')),
-    wrong([A, B], ['scan of a', "'spectrum'", "'mp'"], 'other estimator',
+    wrong([A, B], ['scan of a', "'spectrum'", "'flip'"], 'other estimator',
         **quick_scans('a', 'b', estimator='spectrum')),
     wrong([A, B], ['scan of a', "'update'", "'weights'"], 'scans of updates',
         **quick_scans('a', 'b', of='update')),
     wrong([A, B], ['scan of a', "'of'", 'assign('], 'scans of unknown', scans={k: pd.DataFrame(dict(name=['conv1.weight'],
-        snr=[1.], estimator='mp')) for k in 'ab'}),
+        snr=[1.], estimator='flip')) for k in 'ab'}),
     wrong([A, B], ['scan of a', "'update'", "'weights'"], 'scans mixed', scans={k: pd.DataFrame(dict(
-        name=['conv1.weight', 'conv2.weight'], snr=1., estimator='mp', of=['weights', 'update'])) for k in 'ab'})])
+        name=['conv1.weight', 'conv2.weight'], snr=1., estimator='flip', of=['weights', 'update'])) for k in 'ab'})])
 def test_wrong_input(ms, kw, words, monkeypatch):
     "The message names the thing, the values and the remedy, and nothing was measured"
     def measure(*a, **k): pytest.fail('measured before it was checked')
@@ -517,7 +517,7 @@ def test_broken_file(damage, words, tmp_path):
 def test_explain():
     plan = plans('snr_winner', 2)
     assert plan.explain('conv1').count('\n')==7 and plan.explain('bn1.bias').count('\n')==1
-    words = 'snr_winner','largest SNR','matrix of conv1','estimator=mp','top=50'
+    words = 'snr_winner','largest SNR','matrix of conv1','estimator=flip','top=50'
     assert [o for o in words if o not in plan.explain('conv1.weight')] == []
     assert plan.explain('fc.bias').count('kept per task')==2
     with pytest.raises(KeyError, match="no tensor or unit 'conv7'"): plan.explain('conv7')
@@ -683,7 +683,7 @@ def test_infinite_snr(strategy, kw):
     "Spectrum's score is inf where nothing lies below its threshold: no weight, no percentile"
     scans = {k: scan(m, estimator='spectrum', progress=False) for k,m in dict(a=A, b=B).items()}
     for df in scans.values(): df.snr = inf
-    with pytest.raises(ValueError, match="conv1 has SNR inf.*estimator='mp'"):
+    with pytest.raises(ValueError, match="conv1 has SNR inf.*estimator='flip'"):
         make_plan(strategy, [A, B], estimator='spectrum', scans=scans, **kw)
     plan = make_plan('snr_winner', [A, B], estimator='spectrum', scans=scans, threshold=1)
     assert (coefs(plan).b[plan.table.role.eq('matrix').to_numpy()]==1).all()

@@ -3,11 +3,11 @@ import email, json, re, shutil, subprocess, sys, zipfile
 from importlib.util import module_from_spec, spec_from_file_location
 from importlib.metadata import entry_points, version
 from pathlib import Path
-import pytest, spectrum_merging.spectrum
+import pytest, spectrum_merging.edges
 
 root = Path(__file__).parent.parent
 notebooks = sorted(o for o in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in o.parts)
-cited = 'arcee-ai','huggingface','maste473' # the only accounts that a link may lead to
+cited = 'arcee-ai','huggingface','maste473','QuixiAI' # the only accounts that a link may lead to
 repo_url = 'https://code.example.org/me/merging' # of somebody who publishes the package
 
 def lacks_foreign_hosts(text):
@@ -90,7 +90,7 @@ def test_published_metadata_has_absolute_links(tmp_path):
     text = meta.get_payload(decode=True).decode()
     assert relative_links(text)==[]
     assert f'({repo_url}/raw/main/nbs/images/methods.png)' in text
-    assert f'[`snr`]({repo_url}/blob/main/nbs/00_spectrum.ipynb)' in text
+    assert f'[`snr`]({repo_url}/blob/main/nbs/02_edges.ipynb)' in text
     assert f'Repository, {repo_url}' in meta.get_all('Project-URL')
 
 @pytest.mark.parametrize('url', ('', repo_url))
@@ -98,10 +98,10 @@ def test_source_links(tmp_path, url):
     "A symbol's page links to its source where the setting says where that is, and has no dead link where not"
     pytest.importorskip('nbdev')
     from nbdev.showdoc import show_doc
-    text = builder(published(tmp_path, url)).api(show_doc(spectrum_merging.spectrum.snr)._repr_markdown_())
+    text = builder(published(tmp_path, url)).api(show_doc(spectrum_merging.edges.snr)._repr_markdown_())
     assert text.startswith('### `snr`')
     found = re.findall(r'\[source\]\((.*?)\)', text)
-    assert [o.partition('#L')[0] for o in found] == ([f'{url}/blob/main/spectrum_merging/spectrum.py'] if url else [])
+    assert [o.partition('#L')[0] for o in found] == ([f'{url}/blob/main/spectrum_merging/edges.py'] if url else [])
 
 def test_links_between_pages():
     "Symbols and notebooks, in the lab's folder too, from the page of any folder; other links stay"
@@ -138,7 +138,7 @@ def test_docs_build():
         assert page.is_file() and page.with_suffix('.html.md').is_file()
     said = (site/'experiments/bert_sst2_cola.html').read_text(encoding='utf-8')
     assert re.search(r'<th[^>]*><p>merge − merge, task</p></th>', said) # tables in outputs are tables
-    html = (site/'spectrum.html').read_text(encoding='utf-8')
+    html = (site/'edges.html').read_text(encoding='utf-8')
     assert '<math' in html and 'id="snr"' in html and '<img' in html
     pages = [o for o in site.rglob('*') if o.suffix in ('.html','.md')]
     for o in pages: # the theme names its author in its footer

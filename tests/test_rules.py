@@ -33,7 +33,7 @@ def test_ours():
     assert {k for k in rule_names('matrix') if rules[k].homogeneous}=={*ours['matrix']}-{'slerp'}
     assert {k for k in rule_names('matrix') if rules[k].entrywise}=={'ties', 'dare', 'slerp'}
     assert {k for k in rule_names('matrix') if rules[k].asks('grams')}=={'regmean'}
-    assert all(recipe(k).text==k and recipe(k).version==1+(k=='ridge_mean') for o in ours.values() for k in o)
+    assert all(recipe(k).text==k and recipe(k).version==1+(k in ('ridge_mean','mp')) for o in ours.values() for k in o)
 
 # --- settings
 
@@ -180,12 +180,12 @@ def test_own_layer_rule(tmp_path):
     def first(shape): return np.eye(1+shape[1])[[1]*shape[0]]
     @rule('layer')
     def cut_only(shape, hi): return np.c_[~hi, np.outer(hi, np.full(shape[1], 1/shape[1]))]
-    scans = {m: pd.DataFrame(dict(name=['l1.weight','l2.weight'], snr=s, estimator='mp', of='weights'))
+    scans = {m: pd.DataFrame(dict(name=['l1.weight','l2.weight'], snr=s, estimator='flip', of='weights'))
         for m,s in dict(a=[1., 2.], b=[3., 2.]).items()}
     plan = make_plan('softly(power=2)', ms, scans=scans)
     t = plan.table.set_index('name')
     assert np.allclose(t.a[['l1.weight', 'l1.bias', 'l2.weight']], [.1, .1, .5]) and t.snr_b['l1.bias']==3
-    assert t.reason['l1.weight']=='by softly(power=2.0)' and t.passes.isna().all() and plan.meta['estimator']=='mp'
+    assert t.reason['l1.weight']=='by softly(power=2.0)' and t.passes.isna().all() and plan.meta['estimator']=='flip'
     everywhere(plan, tmp_path)
     t = make_plan('first', ms).table.set_index('name')
     assert t.a[['l1.weight', 'l2.weight']].tolist()==[1, 1] and t.reason['l1.weight']=='by first'
@@ -238,7 +238,7 @@ def test_own_estimator():
 
 def test_passes(tmp_path):
     "A column of its own, kept by files, absent from old ones, not in the digest"
-    scans = {m: pd.DataFrame(dict(name=['l1.weight','l2.weight'], snr=s, estimator='mp', of='weights'))
+    scans = {m: pd.DataFrame(dict(name=['l1.weight','l2.weight'], snr=s, estimator='flip', of='weights'))
         for m,s in dict(a=[1., 2.], b=[3., 2.]).items()}
     plan = make_plan('snr_winner', ms, top=50, scans=scans)
     t = plan.table.set_index('name')

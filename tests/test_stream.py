@@ -96,7 +96,7 @@ def test_files_equal_reference(data, shapes, strategy, n, workers, shard, block,
     scans = {}
     for i,m in enumerate(ms):
         names = [f'l{j}.weight' for j in range(len(shapes))]
-        scans[m] = pd.DataFrame(dict(name=names, snr=snrs[i*len(shapes):(i+1)*len(shapes)], estimator='mp',
+        scans[m] = pd.DataFrame(dict(name=names, snr=snrs[i*len(shapes):(i+1)*len(shapes)], estimator='flip',
             of='weights'))
     how = dict(of='weights', scans=scans, threshold=2.) if rules[strategy].asks('snr') else {}
     plan = make_plan(strategy, ms, base, heads=[], **how)
@@ -458,7 +458,7 @@ def test_manifest_and_card(tmp_path):
     assert m['inputs']['a']['sha256']==want and set(m['inputs'])=={'a','b','base'}
     with safe_open(out/'model.safetensors', 'pt') as f: meta = f.metadata()
     assert json.loads(meta['inputs_sha256'])['a']==want and meta['format']=='pt'
-    assert json.loads(meta['plan'])['estimator']=='mp' and meta['plan_digest']==m['plan_digest']
+    assert json.loads(meta['plan'])['estimator']=='flip' and meta['plan_digest']==m['plan_digest']
     assert json.loads((out/'config.json').read_text())==dict(name='b')
     card = (out/'README.md').read_text()
     assert all(o in card for o in ['base_reset', m['plan_digest'], '| x | .9 |', '| all base |', '`b`'])
