@@ -210,11 +210,14 @@ def equalise(
 def _whitened(M, name, alpha, factors):
     "A `Spectrum` of the matrix with rows and columns divided by their sizes"
     M = matrix(M, name)
-    m,n = M.m,M.n
-    G,plain,unit,mean = centred(M)
-    if not plain[0]: return _nothing(m, n)
-    A = np.concatenate([Y/unit for Y in M.pieces()], 1)-mean/unit
-    x,y = factors(A, G)
+    _,plain,unit,_ = centred(M)
+    if not plain[0]: return _nothing(M.m, M.n)
+    A = np.concatenate([Y/unit for Y in M.pieces()], 1)
+    # Dead rows and columns have no noise: whitening would make a spike of the mean that is taken off them.
+    A = A[np.ix_(A.any(1), A.any(0))]
+    A = (A if A.shape[0]<=A.shape[1] else A.T)-A.mean()
+    m,n = A.shape
+    x,y = factors(A, A@A.T)
     A /= np.sqrt(x)[:,None]
     A /= np.sqrt(y)
     e = np.linalg.eigvalsh(A@A.T)[::-1].clip(min=0)/n
