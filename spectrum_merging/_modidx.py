@@ -838,6 +838,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'spectrum_merging/lab/seeds.py'),
                                             'spectrum_merging.lab.seeds.plot_returned': ( 'lab/seeds.html#plot_returned',
                                                                                           'spectrum_merging/lab/seeds.py'),
+                                            'spectrum_merging.lab.seeds.plot_spectra': ( 'lab/seeds.html#plot_spectra',
+                                                                                         'spectrum_merging/lab/seeds.py'),
                                             'spectrum_merging.lab.seeds.pooled': ('lab/seeds.html#pooled', 'spectrum_merging/lab/seeds.py'),
                                             'spectrum_merging.lab.seeds.rank_names': ( 'lab/seeds.html#rank_names',
                                                                                        'spectrum_merging/lab/seeds.py'),

@@ -7,7 +7,7 @@ Docs: nbs/lab/57_seeds.ipynb"""
 # %% auto #0
 __all__ = ['ranks', 'edges', 'kinds', 'Directions', 'directions', 'returned', 'drift', 'without_drift', 'rank_names',
            'matrix_names', 'regions', 'cut_rows', 'seed_rows', 'pooled', 'three_regions', 'region_table', 'edge_table',
-           'fit_table', 'drift_table', 'rank_table', 'plot_returned']
+           'fit_table', 'drift_table', 'rank_table', 'plot_returned', 'plot_spectra']
 
 # %% ../../nbs/lab/57_seeds.ipynb #00000003
 import numpy as np, pandas as pd
@@ -309,4 +309,22 @@ def plot_returned(
     seeds = ', '.join(map(str, results.seeds))
     fig.text(.01, -.02, f"Updates{' without their multiple of the base'*(of!='update')}; all matrices pooled; seeds {seeds}; "
         "bands: 95 % over seeds; edges at their mean position.", fontsize=8, color='0.35', va='top')
+    return fig
+
+# %% ../../nbs/lab/57_seeds.ipynb #c0000001
+def plot_spectra(
+    updates:dict, # `{name: matrix}`
+) -> Figure: # One panel per matrix
+    "Singular values of updates and of copies with random signs, and how many directions stand above each edge"
+    fig,rng = Figure(figsize=(4.4*len(updates), 3.6), dpi=44, layout='constrained'),np.random.default_rng(0)
+    for ax,(name,D) in zip(fig.subplots(1, len(updates), squeeze=False)[0], updates.items()):
+        D = as_matrix(D, name)
+        for label,W,color in ('update',D,'tab:blue'),('random signs',D*rng.choice([-1., 1.], D.shape),'0.5'):
+            s = np.linalg.svd(W, compute_uv=False)
+            ax.loglog(np.arange(1, len(s)+1), s, color=color, label=label)
+        for e,style in zip(edges, ('-','--','-.',':')):
+            n = measure(D, e)['n_spikes']
+            ax.axvline(n+.5, color='k', lw=1, ls=style, label=f'{e}: {n}')
+        ax.set(title=name, xlabel='rank')
+        ax.legend(fontsize=8)
     return fig
