@@ -234,3 +234,20 @@ def test_one_call():
     W = spiked[96,200]
     assert measure(W)['n_spikes']==flip(W).n_spikes and snr(W)==flip(W).snr and snr(W, 'mp')==spectrum(W).snr
     assert {'fits','edge_error'} <= {*measure(W)}
+
+@pytest.mark.parametrize('shape', [(64,300), (120,120), (90,40)], ids=id_of)
+@pytest.mark.parametrize('kind', kinds)
+def test_in_pieces(kind, shape, monkeypatch):
+    "A large matrix, which is flipped in pieces, has the same edge to within its error"
+    rng = np.random.default_rng(14)
+    X = noise(kind, *shape, rng)
+    for W in X,planted(X, [2.5*threshold(kind, X)], rng):
+        one = flip(W)
+        with monkeypatch.context() as m:
+            m.setattr('spectrum_merging.edges._most', 0)
+            m.setattr('spectrum_merging.spectrum.PIECE', 37*min(shape))
+            two,turned = flip(W),flip(W.T)
+        # Other draws: a direction on the border may fall to either side.
+        assert abs(two.n_spikes-one.n_spikes)<=1 and two.n_spikes==turned.n_spikes
+        if two.n_spikes==one.n_spikes: assert two.edge==pytest.approx(one.edge, rel=.15)
+        assert turned.edge==pytest.approx(two.edge, rel=1e-2)
