@@ -37,7 +37,8 @@ def scan_cli(
     "Signal-to-noise ratio of every matrix of a model, or of its fine-tuning update"
     from pathlib import Path
     if out and Path(out).exists(): raise FileExistsError(f"{out} exists: choose another name")
-    from spectrum_merging.scan import default_estimator, scan
+    from spectrum_merging.edges import default_estimator
+    from spectrum_merging.scan import scan
     df = scan(model, base, estimator=estimator or default_estimator, of=of, n_workers=workers,
         progress=sys.stderr.isatty())
     if out: df.to_csv(out, index=False)

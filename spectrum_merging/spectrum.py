@@ -6,9 +6,9 @@ Docs: nbs/00_spectrum.ipynb"""
 
 # %% auto #0
 __all__ = ['PIECE', 'Matrix', 'matrix', 'as_matrix', 'gram_eigs', 'mp_edges', 'mp_density', 'mp_cdf', 'mp_median', 'tw_quantile',
-           'noise_edge', 'median_blur', 'bulk_level', 'noise_level', 'spike_strength', 'ks_distance', 'Spectrum',
-           'gram', 'square_unit', 'rank_measures', 'centred', 'rounding_level', 'spectrum', 'snr_paper_nlp',
-           'snr_paper_vision', 'snr_spectrum']
+           'largest_law', 'noise_edge', 'median_blur', 'bulk_level', 'noise_level', 'spike_strength', 'ks_distance',
+           'Spectrum', 'gram', 'square_unit', 'rank_measures', 'centred', 'rounding_level', 'is_bulk', 'spectrum',
+           'snr_paper_nlp', 'snr_paper_vision', 'snr_spectrum']
 
 # %% ../nbs/00_spectrum.ipynb #00000003
 from dataclasses import dataclass, field
@@ -157,6 +157,14 @@ def tw_quantile(
     return float(.186054*gammaincinv(46.446, 1-alpha) - 9.84801)
 
 # %% ../nbs/00_spectrum.ipynb #0000001d
+def largest_law(
+    m:int, # Smaller side
+    n:int, # Larger side
+) -> tuple[float, float, float]: # Centre, scale, and mean of the law in that scale; of n times an eigenvalue of C for σ = 1
+    "Where the largest eigenvalue of noise lies ([Johnstone 2001](https://doi.org/10.1214/aos/1009210544))"
+    a,b = sqrt(n-.5),sqrt(m-.5)
+    return (a+b)**2,sqrt((a+b)**2)*(1/a+1/b)**(1/3),-1.2065
+
 def noise_edge(
     m:int, # Smaller side
     n:int, # Larger side
@@ -164,9 +172,7 @@ def noise_edge(
     blur:float=0., # Relative standard error of σ², see `median_blur`
 ) -> float: # Eigenvalue of C for σ = 1
     "Finite-size end of the noise ([Johnstone 2001](https://doi.org/10.1214/aos/1009210544))"
-    a,b = sqrt(n-.5),sqrt(m-.5)
-    mu,mean = (a+b)**2,-1.2065
-    s = sqrt(mu)*(1/a+1/b)**(1/3)
+    mu,s,mean = largest_law(m, n)
     return (mu + mean*s + hypot((tw_quantile(alpha)-mean)*s, ndtri(1-alpha)*blur*mu))/n
 
 # %% ../nbs/00_spectrum.ipynb #00000021
@@ -341,8 +347,14 @@ def rounding_level(
 
 
 # %% ../nbs/00_spectrum.ipynb #spectrum1
-# Eigenvalues of noise are rigid: k of them keep within 6/k of their law in every draw of the tests.
-_rigid = 8
+def is_bulk(
+    ks:float, # From `ks_distance`
+    spikes:int, # Eigenvalues that were left out
+    m:int, # Smaller side
+) -> bool:
+    "Whether what is left beside the spikes is most of the matrix and follows the Marchenko–Pastur law"
+    # Eigenvalues of noise are rigid: k of them keep within 6/k of their law in every draw of the tests.
+    return spikes<m//2 and ks*(m-spikes)<=8
 
 @rule('estimator', name='mp', version=2)
 def spectrum(
@@ -362,7 +374,7 @@ def spectrum(
     ks = ks_distance(e[r:]*n/((n-r)*var), (m-r)/(n-r)) if var else 0.
     square,rest = square_unit(unit)
     return Spectrum(e*square, m, n, sqrt(var)*unit, edge*square, k, theta, float((theta**2).sum()/m), float(ratio),
-        *rank_measures(e), ks, sqrt(e.sum()*n)*unit, r<m//2 and ks*(m-r)<=_rigid, unit=rest)
+        *rank_measures(e), ks, sqrt(e.sum()*n)*unit, is_bulk(ks, r, m), unit=rest)
 
 
 # %% ../nbs/00_spectrum.ipynb #0000003d

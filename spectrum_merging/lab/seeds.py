@@ -167,9 +167,10 @@ def seed_rows(
         W = _lying(labs[0].base[name], name)
         raw = {(t, o.seed): _lying(o.experts[t][name], name)-W for t in tasks for o in labs}
         if not all(D.any() for D in raw.values()): continue
-        rows += [dict(zip(('table','task','seed','layer','multiple','energy'), ('drift', *k, name, *drift(D, W))))
-            for k,D in raw.items()]
-        for of,found in {'update': raw, 'without base': {k: without_drift(D, W) for k,D in raw.items()}}.items():
+        drifts = {k: drift(D, W) for k,D in raw.items()}
+        rows += [dict(zip(('table','task','seed','layer','multiple','energy'), ('drift', *k, name, *o)))
+            for k,o in drifts.items()]
+        for of,found in {'update': raw, 'without base': {k: D-drifts[k][0]*W for k,D in raw.items()}}.items():
             single = {k: D.astype('f4') for k,D in found.items()}
             for t,i in product(tasks, range(len(seeds))):
                 a,b = seeds[i],seeds[(i+1)%len(seeds)]
@@ -272,6 +273,7 @@ def rank_table(
 
 # %% ../../nbs/lab/57_seeds.ipynb #00000022
 _styles = dict(zip(kinds, ('tab:blue','tab:orange','tab:green','0.5')))
+_strokes = dict(zip(edges, ('-','--','-.',':')))
 
 def _rank_lines(ax, rows):
     "Share by rank, with intervals over seeds"
@@ -299,8 +301,8 @@ def plot_returned(
     axs = fig.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for ax,t in zip(axs, tasks):
         _rank_lines(ax, rows[rows.task==t])
-        for (e,p),style in zip(at[at.task==t].groupby('edge', sort=False).position.mean().items(), ('-','--','-.',':')):
-            ax.axvline(_at(p), color='k', lw=1, ls=style, label=f'{e} edge')
+        for e,p in at[at.task==t].groupby('edge', sort=False).position.mean().items():
+            ax.axvline(_at(p), color='k', lw=1, ls=_strokes[e], label=f'{e} edge')
         ax.axhline(0, color='0.7', lw=.8)
         ax.set_xticks(range(len(rank_names())), [o.removeprefix('rank ') for o in rank_names()], rotation=60, fontsize=8)
         ax.set(title=t, xlabel='rank of the direction')
@@ -322,7 +324,7 @@ def plot_spectra(
         for label,W,color in ('update',D,'tab:blue'),('random signs',D*rng.choice([-1., 1.], D.shape),'0.5'):
             s = np.linalg.svd(W, compute_uv=False)
             ax.loglog(np.arange(1, len(s)+1), s, color=color, label=label)
-        for e,style in zip(edges, ('-','--','-.',':')):
+        for e,style in _strokes.items():
             n = measure(D, e)['n_spikes']
             ax.axvline(n+.5, color='k', lw=1, ls=style, label=f'{e}: {n}')
         ax.set(title=name, xlabel='rank')
