@@ -132,10 +132,11 @@ def _plans(d, models, base):
     "Plans of the three strategies; which layers pass is random, since only speed is measured"
     from spectrum_merging.plan import make_plan
     from spectrum_merging.rules import rules
+    from spectrum_merging.edges import default_estimator
     infos,rng = Checkpoint(models['a']).infos,np.random.default_rng(0)
     names = [k for k,o in infos.items() if len(o.shape)==2]
     scans = {m: pd.DataFrame(dict(name=names, snr=rng.random(len(names)))) for m in models}
-    scans = {m: o.assign(estimator='mp', of='weights') for m,o in scans.items()}
+    scans = {m: o.assign(estimator=default_estimator, of='weights') for m,o in scans.items()}
     for s in ('standard','base_reset','snr_winner'):
         how = dict(of='weights', scans=scans) if rules[s].asks('snr') else {}
         yield s,make_plan(s, models, base, heads=[], **how).save(d/f'{s}.csv')
