@@ -128,8 +128,7 @@ def snr_gate(
     peak = logs.max(1)
     with np.errstate(over='ignore'): gate = 2*scale/(1+np.exp(-(peak-np.median(peak))/tau))
     w = np.exp(power*(logs-peak[:,None]))
-    # exp and log differ in the last bit between processors: twelve decimals do not
-    return _updates(gate[:,None]*w*(snr.shape[1]/w.sum(1, keepdims=True))).round(12)
+    return _updates(gate[:,None]*w*(snr.shape[1]/w.sum(1, keepdims=True)))
 
 # %% ../nbs/30_strategies.ipynb #0000001e
 def check_cut(

@@ -178,7 +178,12 @@ def guided_plan(
     scans = {t: df.assign(**{k: df[k].map(_rounded) for k in ('snr','norm') if k in df})
         for t,df in lab.scans(of, estimator).items()}
     if control: scans = control_scans(scans, control, 100*lab.seed+draw)
-    return lab.plan(text, of=of, estimator=estimator, scans=scans, **{knob: number})
+    plan = lab.plan(text, of=of, estimator=estimator, scans=scans, **{knob: number})
+    if knob=='scale':
+        # exp and log differ in the last bit between processors; rounded, predictions are found again anywhere
+        names = ['base',*plan.models]
+        plan.table[names] = plan.table[names].map(_rounded)
+    return plan
 
 def _plain(lab, text, number, draw=0):
     "A plan that goes by nothing"
