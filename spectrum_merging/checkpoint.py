@@ -350,8 +350,11 @@ class Checkpoint:
         self.aliases,self.notes = {},[] # Tied tensors: `{name: first name}`; what was decided by a guess
         self.label,self.folder = type(src).__name__,None # For messages; where the config files lie
         self.dequantised = False # Whether tensors are computed from a quantised file
+        self.constants = frozenset() # Names of float tensors that are no weights, see `names`
         if isinstance(src, Checkpoint): self.__dict__.update(src.__dict__)
-        elif _is_module(src): self._entries,self.aliases = _hold(src.state_dict())
+        elif _is_module(src):
+            self._entries,self.aliases = _hold(src.state_dict())
+            self._module = type(src).__name__,getattr(src, 'config', None)
         elif isinstance(src, Mapping): self._entries,self.aliases = _hold(dict(src))
         elif isinstance(src, (str, Path)):
             self.label = str(src)
@@ -366,11 +369,17 @@ class Checkpoint:
         "Refuse what is no model, and compute the weights that a quantised file stands for"
         if why := placeholders({k: v.info.shape for k,v in self._entries.items()}):
             raise ValueError(f"{self.label}: {why}")
-        try: entries,note = dequantised(self._entries, read_config(self.folder))
+        try: entries,note = dequantised(self._entries, self.config)
         except ValueError as e: raise ValueError(f"{self.label} {e}") from e
         if note:
             self._entries,self.dequantised = entries,True
             self.notes = self.notes+[f"{self.label} {note}"]
+
+    @cached_property
+    def config(self) -> dict: # What `config.json` holds, or the configuration of a module; else empty
+        name,own = self.__dict__.get('_module', (None, None))
+        if not hasattr(own, 'to_dict'): return read_config(self.folder)
+        return own.to_dict() | dict(architectures=[name])
 
     @cached_property
     def infos(self) -> dict: # `{name: TensorInfo}` in the source's order

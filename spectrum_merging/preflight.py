@@ -8,9 +8,10 @@ Docs: nbs/38_preflight.ipynb"""
 __all__ = ['row_columns', 'name_models', 'listed', 'PreflightError', 'out_problems', 'preflight']
 
 # %% ../nbs/38_preflight.ipynb #00000003
-import pandas as pd, shutil
+import pandas as pd, re, shutil
 from pathlib import Path
 from .checkpoint import Checkpoint
+from .names import align
 from .units import find_units, is_head
 
 # %% ../nbs/38_preflight.ipynb #00000006
@@ -20,7 +21,7 @@ def name_models(
     models, # List of models, or `{task: model}`
     base=None, # Model that they were fine-tuned from
 ) -> tuple[dict, Checkpoint]: # `{name: Checkpoint}` (a, b, c … for a list), base
-    "Open everything. Raises what `Checkpoint` raises, and `ValueError` for unusable names"
+    "Open everything, with the first model's names. Raises what `Checkpoint`, `align` raise, and `ValueError`"
     if isinstance(models, (str, Path)):
         raise TypeError(f"models is the one path {str(models)!r}: "
             "pass a list of models, or {task: model}")
@@ -31,7 +32,8 @@ def name_models(
     if bad:
         raise ValueError(f"model name {bad[0]!r} is taken or unusable: use plain words "
             f"other than {', '.join(row_columns)}, passes, reason, snr_…, without @ and slashes")
-    return {k: Checkpoint(o) for k,o in models.items()},None if base is None else Checkpoint(base)
+    base = None if base is None else Checkpoint(base)
+    return align({k: Checkpoint(o) for k,o in models.items()}, base)
 
 # %% ../nbs/38_preflight.ipynb #0000000a
 def listed(
@@ -58,6 +60,9 @@ class PreflightError(ValueError):
             + listed([f'{k}{sep}{what}' if k else what for k,what,_ in problems], most)
             + '\nWhat helps:' + listed(ways, most))
 
+_wrapped = {'module.': 'DataParallel put it there; save model.module.state_dict()',
+    '_orig_mod.': 'torch.compile put it there; save model._orig_mod.state_dict()'}
+
 def _prefix(lost, extra):
     "Prefix that turns the names `extra` into `lost`, or the other way round; None if there is none"
     for a,b in ((lost, extra), (extra, lost)):
@@ -66,10 +71,15 @@ def _prefix(lost, extra):
             for p in (k[:-len(o)] for o in ends):
                 if all(o.removeprefix(p) in b for o in a): return p
 
+_positions = re.compile(r'(^|[._])(wpe|embed_positions|pos(ition)?(al)?_embed(ding)?s?|pos_emb|relative_attention_bias)([._]|$)')
+
 def _remedy(k, role, kind):
     "What helps against a problem of tensor `k`"
     if role=='stat': return ("running statistics differ: load the older checkpoint into the module "
         "and save it again")
+    if kind=='shape' and _positions.search(k):
+        return ("the models have position tables of other lengths: bring all to one max_position_embeddings "
+            "(or one image size), and save again")
     if kind=='shape' and role=='embedding' or 'lm_head' in k or k.endswith('decoder.weight'):
         return ("bring all models to one vocabulary and tie their output to the embedding in all "
             "or in none (resize_token_embeddings, config.tie_word_embeddings), and save again")
@@ -78,6 +88,22 @@ def _remedy(k, role, kind):
         "name task heads with heads=[...]")
 
 # %% ../nbs/38_preflight.ipynb #0000000d
+def _kind(ck):
+    "Class and type of a model by its configuration, or None"
+    kind,arch = ck.config.get('model_type'),(ck.config.get('architectures') or [None])[0]
+    return f'{arch} ({kind})' if arch and kind else kind
+
+def _architectures(name, ck, other, o):
+    "In one sentence that two models are of different architectures, or None"
+    a,b = _kind(ck),_kind(o)
+    if a and b and ck.config['model_type']!=o.config['model_type']:
+        return f"{name} is {a}, {other} is {b}: different architectures"
+    n,most = sum(k in o for k in ck),min(len(ck), len(o))
+    # One tensor in ten: what two unrelated networks may share by chance, such as fc.weight
+    if most>9 and 10*n<most:
+        return (f"{name} and {other} share {n} of {len(ck)} and {len(o)} tensor names: different architectures"
+            + f" ({name} is {a}, {other} is {b})"*bool(a and b))
+
 def _pair_problems(name, ck, other, o, units):
     "Problems between the first model and another or the base"
     first,second,base = ck.infos,o.infos,other=='base'
@@ -86,10 +112,13 @@ def _pair_problems(name, ck, other, o, units):
         and ck.aliases.get(k) not in second]
     extra = [] if base else [k for k in second if k not in first and o.aliases.get(k) not in first]
     p = _prefix(lost, extra or list(second)) if lost else None
+    if (lost or extra) and not p and (what := _architectures(name, ck, other, o)):
+        yield '',what,_remedy('', None, 'name')
+        return
     for a,b,ks in ((name, other, lost), (other, name, extra)):
         for k in ks:
             yield k,f"in {a}, not in {b}",(f"names differ by the prefix {p!r}: "
-                "save both models from the same class" if p
+                f"{_wrapped.get(p, 'save both models from the same class')}" if p
                 else _remedy(k, units.role.get(k), 'name'))
     for k in [k for k in first if k in second and not mine(k)]:
         a,b = first[k],second[k]
@@ -143,6 +172,7 @@ def preflight(
         raise ValueError(f"no tensor belongs to the head {lost[0]!r}: "
             f"the last are {', '.join(list(first)[-3:])}")
     units = find_units(first, heads, ck.aliases)
+    units.loc[[k for k in units.index if k in ck.constants], 'role'] = 'buffer'
     if heads is None and (unit := _head_by_shape(infos.values(), units)):
         units = find_units(first,
             [unit]+[k.rpartition('.')[0] for k in first if is_head(k)], ck.aliases)

@@ -12,6 +12,7 @@ import numpy as np, pandas as pd
 from .arithmetic import number_types, storage, widen
 from .checkpoint import Checkpoint
 from .edges import default_estimator, measure
+from .names import align
 from .parallel import Bar, map_single_threaded, n_cores
 from .rules import recipe
 from .spectrum import Matrix, matrix
@@ -82,10 +83,11 @@ def scan(
     "Measure every matrix of a model. Raises what `Checkpoint`, `measure` and `resolve_of` raise"
     what = recipe(estimator, 'estimator', 'estimator')
     of,model = resolve_of(of, base),Checkpoint(model)
-    base = Checkpoint(base) if of=='update' else None
+    models,base = align(dict(model=model), Checkpoint(base) if of=='update' else None)
+    model = models['model']
     infos,units = model.infos,find_units(model.infos, heads, model.aliases)
     names = [k for k,o in infos.items()
-        if o.is_float and _measurable(o.shape, what.rule.paper) and k not in model.aliases]
+        if o.is_float and _measurable(o.shape, what.rule.paper) and k not in model.aliases and k not in model.constants]
     if base: names = [k for k in names if _comparable(k, infos, base, units.role[k])]
     if not names: raise ValueError(f"{model.label} holds no matrix to measure")
     def work(o): return o.numel*min(o.shape[0], o.numel//o.shape[0])

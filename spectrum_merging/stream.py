@@ -45,7 +45,7 @@ def _row(plan, row, models, sources, dtype):
     k = tensor_name(row['name'])
     coefs = {m: c for m,c in plan.coefs(row).items() if c}
     info = sources[next((m for m in coefs if m!='base'), 'base')].infos[k]
-    if dtype and info.is_float: info = TensorInfo(info.shape, dtype)
+    if dtype and info.is_float and row['role']!='buffer': info = TensorInfo(info.shape, dtype)
     same = tuple(m for m in models if k in models[m]) if row['role']=='buffer' else ()
     moments = row['op']!='linear' and recipe(row['op'], 'matrix').rule.asks('grams')
     grams = [f'grams@{m}' for m in coefs if m!='base'] if moments else ()
@@ -231,7 +231,8 @@ def _block(piece, start, n, sources, local):
     raws = [local.read(i, sources[m], row.key, start, n) for i,m in enumerate(row.coefs)]
     dtypes = [sources[m].infos[row.key].dtype for m in row.coefs]
     if list(row.coefs.values())==[1] and dtypes==[row.info.dtype]:
-        res,ok = raws[0],is_finite(raws[0], dtypes[0])
+        m = next(iter(row.coefs))
+        res,ok = raws[0],row.key in sources[m].constants or is_finite(raws[0], dtypes[0])
         for m in row.same:
             if sources[m].infos[row.key].dtype!=dtypes[0] or not np.array_equal(res,
                     local.read(1, sources[m], row.key, start, n)):

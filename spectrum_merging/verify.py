@@ -16,6 +16,7 @@ from random import Random
 from .checkpoint import Checkpoint, content_sha256
 from .files import read_json, sha256
 from .folder import metadata, sealed
+from .names import align
 from .plan import Plan, mixture
 from .stream import outputs, pieces, plan_rows, run_pieces, word_sum
 
@@ -108,8 +109,9 @@ def verify(
     sources = {m: _open_source(m, o, given.get(m)) for m,o in told['inputs'].items()}
     plan = Plan.load(out/'plan.csv')
     grams = {m[6:]: o for m,o in sources.items() if m.startswith('grams@')}
-    rows = plan_rows(plan, {m: sources[m] for m in plan.models}, sources.get('base'), told['dtype'],
-        grams)
+    models,base = align({m: sources[m] for m in plan.models}, sources.get('base'))
+    sources |= models | ({} if base is None else dict(base=base))
+    rows = plan_rows(plan, models, base, told['dtype'], grams)
     rows = [r for r in rows if r.name not in told['tied']]
     files = outputs(rows, told['shard_size'])
     meta = metadata(plan, sources, {m: o['sha256'] for m,o in told['inputs'].items()},

@@ -13,9 +13,10 @@ core = [k for k in files if not k.startswith('lab.') and k not in ('bench','cli'
 
 # A room imports only from floors below its own.
 floors = [
-    ['rules','arithmetic','files','parallel','units','align','evaluate','plot'],
+    ['rules','arithmetic','files','formats','parallel','units','align','evaluate','plot'],
+    ['quantised'],
     ['spectrum','checkpoint','strategies','activations','layout'],
-    ['edges'],
+    ['edges','names'],
     ['operations','scan','preflight','repair','match'],
     ['plan','interop'],
     ['chain','explore','stream'],
