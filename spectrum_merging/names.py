@@ -193,6 +193,7 @@ def _follows(name, ckpt, first_name, first, known):
         notes.append(f"{name}: {k} ({known[k]}) is {b.dtype} {b.shape}; that of {first_name} is kept ({a.dtype} {a.shape})")
     return _like(ckpt, entries, {k: v for k,v in ckpt.aliases.items() if k in entries}, notes) if notes else ckpt
 
+# %% ../nbs/36_names.ipynb #00000011
 def align(
     models:dict, # `{name: Checkpoint}`
     base:Checkpoint=None, # Model that they were fine-tuned from

@@ -104,6 +104,7 @@ def _architectures(name, ck, other, o):
         return (f"{name} and {other} share {n} of {len(ck)} and {len(o)} tensor names: different architectures"
             + f" ({name} is {a}, {other} is {b})"*bool(a and b))
 
+# %% ../nbs/38_preflight.ipynb #00000015
 def _pair_problems(name, ck, other, o, units):
     "Problems between the first model and another or the base"
     first,second,base = ck.infos,o.infos,other=='base'

@@ -91,6 +91,7 @@ class _Computed:
         if self.info.nbytes: self.read_into(buf.numpy(), 0)
         return buf.view(getattr(torch, self.info.dtype)).reshape(self.info.shape)
 
+# %% ../nbs/11_quantised.ipynb #0000000b
 def _stored(entry, a=0, b=None):
     "Numbers a…b of an entry, as they are stored"
     raw = np.empty((entry.info.numel if b is None else b)-a, storage[entry.info.dtype])
@@ -102,7 +103,7 @@ def _fp32(entry):
     raw = _stored(entry)
     return widen(raw, entry.info.dtype, 'f4') if entry.info.is_float else raw.astype('f4')
 
-# %% ../nbs/11_quantised.ipynb #0000000c
+# %% ../nbs/11_quantised.ipynb #0000000d
 class _Scaled(_Computed):
     "float8 or int8 codes with a grid of scales"
     def __init__(self, codes, scale, block, dtype, factor=None):
@@ -140,7 +141,7 @@ def _block(info, scale, size):
     if size and s[-2:]==(-(-rows//size[0]), -(-cols//size[1])): return tuple(size)
     return (rows//s[-2], cols//s[-1]) if rows % s[-2]==0 and cols % s[-1]==0 else None
 
-# %% ../nbs/11_quantised.ipynb #0000000e
+# %% ../nbs/11_quantised.ipynb #0000000f
 class _FourBit(_Computed):
     "nf4 or fp4 codes of bitsandbytes"
     def __init__(self, codes, parts, state):
@@ -184,7 +185,7 @@ def _four_bit(name, entries):
     if not ok: raise _refuse(f'bitsandbytes, 4 bit, and {name} lacks a readable quant_state', entries)
     return _FourBit(entries[name], parts, state)
 
-# %% ../nbs/11_quantised.ipynb #00000010
+# %% ../nbs/11_quantised.ipynb #00000011
 _fp8_methods = 'fp8','fbgemm_fp8','compressed-tensors','modelopt','finegrained_fp8'
 
 def _dtype(config, scale=None):
@@ -221,7 +222,7 @@ def _eight_bit(entries, names, config):
             7.874015718698502e-3)
     return res,rest
 
-# %% ../nbs/11_quantised.ipynb #00000011
+# %% ../nbs/11_quantised.ipynb #00000012
 def _find(entries, config, quant):
     "Weights by their names, and the names of what belongs to them. Raises `ValueError`"
     method,names = _method(entries)

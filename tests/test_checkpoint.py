@@ -95,11 +95,11 @@ def test_opening_reads_no_values(monkeypatch, tmp_path):
     "The header is enough: values are read piece by piece, when asked for"
     import spectrum_merging.checkpoint as mod
     shard(tensors(), tmp_path)
-    read,real = [],mod._File.read_into
+    read,real = [],mod.InputFile.read_into
     def spy(self, buf, offset):
         read.append(len(memoryview(buf).cast('B')))
         real(self, buf, offset)
-    monkeypatch.setattr(mod._File, 'read_into', spy)
+    monkeypatch.setattr(mod.InputFile, 'read_into', spy)
     ck = Checkpoint(tmp_path)
     size = sum(8+int.from_bytes(o.open('rb').read(8), 'little') for o in tmp_path.glob('*.safetensors'))
     ck.infos, len(ck), repr(ck), Checkpoint(ck)
