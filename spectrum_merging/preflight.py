@@ -11,6 +11,7 @@ __all__ = ['row_columns', 'name_models', 'listed', 'PreflightError', 'out_proble
 import pandas as pd, shutil
 from pathlib import Path
 from .checkpoint import Checkpoint
+from .heads import Heads, find_heads
 from .units import find_units, is_head
 
 # %% ../nbs/38_preflight.ipynb #00000006
@@ -130,7 +131,7 @@ def _head_by_shape(infos, units):
 def preflight(
     models:dict, # `{name: Checkpoint}`
     base:Checkpoint=None, # Model that they were fine-tuned from
-    heads:list=None, # Prefixes of task heads; None finds them, [] merges them like everything else
+    heads=None, # `Heads` or prefixes of task heads; None finds them, [] merges them like everything else
     out=None, # Folder that the merge will be written to
 ) -> pd.DataFrame: # Unit and role of each tensor
     "Units of models that can be merged. Raises `PreflightError` that lists all that does not fit"
@@ -139,13 +140,14 @@ def preflight(
     ck = models[name]
     if isinstance(heads, str):
         raise ValueError(f"heads is the string {heads!r}: pass a list of prefixes, [{heads!r}]")
-    if lost := [o for o in heads or [] if not any(is_head(k, [o]) for k in first)]:
+    if lost := [o for o in heads if not any(is_head(k, [o]) for k in first)] if isinstance(heads, list) else []:
         raise ValueError(f"no tensor belongs to the head {lost[0]!r}: "
             f"the last are {', '.join(list(first)[-3:])}")
-    units = find_units(first, heads, ck.aliases)
-    if heads is None and (unit := _head_by_shape(infos.values(), units)):
-        units = find_units(first,
-            [unit]+[k.rpartition('.')[0] for k in first if is_head(k)], ck.aliases)
+    found = find_heads(ck, base) if heads is None else heads if isinstance(heads, Heads) else None
+    prefixes = heads if found is None else list(found.prefixes)
+    units = find_units(first, prefixes, ck.aliases)
+    if found and (unit := _head_by_shape(infos.values(), units)) and units.role[units.unit==unit].ne('head').any():
+        units = find_units(first, [*prefixes, unit], ck.aliases)
     others = {k: o for k,o in models.items() if k!=name} | (dict(base=base) if base else {})
     problems = [p for k,o in others.items() for p in _pair_problems(name, ck, k, o, units)]
     if out is not None: problems += out_problems(out, sum(o.nbytes for o in first.values()))
