@@ -282,6 +282,7 @@ class Checkpoint:
         "Open it. Raises `FileNotFoundError`, `TypeError`, `ValueError` (broken, runs code, empty)"
         self.aliases = {} # Tied tensors: `{name: first name}`
         self.label,self.folder = type(src).__name__,None # For messages; where the config files lie
+        self.parts = () # Subfolders with weights of their own, as sentence-transformers has
         if isinstance(src, Checkpoint): self.__dict__.update(src.__dict__)
         elif _is_module(src): self._entries,self.aliases = _hold(src.state_dict())
         elif isinstance(src, Mapping): self._entries,self.aliases = _hold(dict(src))

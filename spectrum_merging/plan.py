@@ -17,7 +17,7 @@ from pathlib import Path
 from . import __version__, operations # whose rules add themselves
 from .files import atomic, free_file
 from .heads import head_notes, task_heads
-from .preflight import name_models, preflight, row_columns
+from .preflight import name_models, opened_notes, preflight, row_columns, slips
 from .rules import Recipe, recipe, rules
 from .edges import default_estimator
 from .strategies import check_cut, cut_value
@@ -335,6 +335,7 @@ def make_plan(
     heads:list=None, # Prefixes of task heads; None finds them, [] merges them like everything else
     scans:dict=None, # `{task: scan(...)}` made before; measured here by default
     out=None, # Folder that the merge will be written to, to check that before measuring
+    files_from:str=None, # Model whose configuration counts where they contradict each other
     progress:bool=False, # Show a progress bar while measuring
 ) -> Plan:
     "Decide every tensor. Raises `ValueError` (`TypeError` for a lone path) before any merging"
@@ -351,7 +352,7 @@ def make_plan(
     models,base = name_models(models, base)
     names,first = list(models),next(iter(models.values()))
     found = task_heads(models, base, named) if heads is None and not paper else None
-    units = preflight(models, base if r.base or of=='update' else None, [] if paper else found or heads, out)
+    units = preflight(models, base if r.base or of=='update' else None, [] if paper else found or heads, out, files_from)
     if r.scaled: # tied tensors are treated as what they are tied to
         if scale is None: scale = 1. if r.kind=='matrix' and r.adds else 1/len(models)
         units['role'] = [o if o=='head' else units.role.get(first.aliases.get(k), o)
@@ -366,7 +367,7 @@ def make_plan(
             paper=paper)
     leader = {k: first.aliases.get(k, k) for k in units.index} if paper else None
     table = plan_table(units, first.infos, names, what, said, scale, leader, bool(found and found.pooled))
-    notes = head_notes(found, units, names)
+    notes = [*opened_notes(models, base), *head_notes(found, units, names), *slips(models, base)]
     if unfit: table = table.assign(unfit=[', '.join(m for m in unfit if k in unfit[m]) for k in table.name])
     return Plan(table, dict(models=names, strategy=what.text, protocol=protocol, version=__version__)
         | ({'unfit': {m: len(o) for m,o in unfit.items()}} if unfit else {})
