@@ -295,6 +295,7 @@ class Checkpoint:
         self.label,self.folder = type(src).__name__,None # For messages; where the config files lie
         self.dequantised = False # Whether tensors are computed from a quantised file
         self.constants = frozenset() # Names of float tensors that are no weights, see `names`
+        self.parts = () # Subfolders with weights of their own, as sentence-transformers has
         if isinstance(src, Checkpoint): self.__dict__.update(src.__dict__)
         elif _is_module(src):
             self._entries,self.aliases = _hold(src.state_dict())

@@ -41,6 +41,7 @@ def scan_cli(
     from spectrum_merging.scan import scan
     df = scan(model, base, estimator=estimator or default_estimator, of=of, n_workers=workers,
         progress=sys.stderr.isatty())
+    for o in df.attrs['notes']: print(o, file=sys.stderr)
     if out: df.to_csv(out, index=False)
     else: print(df.drop(columns=['unit','estimator','of']).to_string(index=False,
         float_format='{:.4g}'.format))
@@ -49,7 +50,8 @@ def scan_cli(
 def _named(models):
     "`{name: path}` from paths, some as NAME=PATH; a list where none is named"
     pairs = [o.partition('=') for o in models]
-    named = [bool(eq) and name.isidentifier() for name,eq,_ in pairs]
+    # a folder may be called lr=1e-4, and a name is no path
+    named = [bool(eq and re.fullmatch(r'[\w.+-]+', name)) and not os.path.exists(o) for o,(name,eq,_) in zip(models, pairs)]
     if not any(named): return list(models)
     if not all(named): raise ValueError(f"name all models or none: {', '.join(models)}")
     if len({o[0] for o in pairs})<len(pairs):
@@ -92,7 +94,7 @@ def merge_cli(
 ):
     "Merge models by the signal-to-noise ratio of their layers; if interrupted, rerun to continue"
     shard_size = _bytes(shard_size)
-    from spectrum_merging.merge import check_out, merge
+    from spectrum_merging.merge import check_out, loading, merge
     check_out(out)
     from spectrum_merging.plan import Plan, make_plan
     models = _named(models)
@@ -100,12 +102,15 @@ def merge_cli(
     else:
         heads = None if heads is None else [] if heads=='none' else heads.split(',')
         table = make_plan(strategy, models, base, scale=scale, estimator=estimator, of=of, top=top,
-            threshold=threshold, protocol=protocol, heads=heads, out=out, progress=sys.stderr.isatty())
+            threshold=threshold, protocol=protocol, heads=heads, out=out, files_from=files_from,
+            progress=sys.stderr.isatty())
+    for o in table.meta.get('notes', []): print(o)
     try: merge(table, models, base, out, dtype=dtype, shard_size=shard_size, files_from=files_from,
         n_workers=workers, progress=sys.stderr.isatty())
     except KeyboardInterrupt as e:
         raise CliError("interrupted; the same command continues where it stopped") from e
     print(f'{_summary(table)}\nwritten to {out}; the decision for each tensor is in {out}/plan.csv')
+    for o in loading(table, models, files_from, out): print(o)
 
 # %% ../nbs/95_cli.ipynb #00000010
 @call_parse

@@ -149,7 +149,7 @@ def _renamed(name, ckpt, first_name, first, configs):
                 "these on load; open both with from_pretrained and save both with save_pretrained, by one version")
     moved = [(k, v) for k,v in new.items() if k!=v]
     if not moved: return ckpt
-    note = f"{name}: {len(moved)} tensors get {first_name}'s names ({moved[0][0]} is {moved[0][1]}), as transformers loads them"
+    note = f"{len(moved)} tensors get {first_name}'s names ({moved[0][0]} is {moved[0][1]}), as transformers loads them"
     return _like(ckpt, {new[k]: o for k,o in ckpt._entries.items()},
         {new.get(k, k): new.get(v, v) for k,v in ckpt.aliases.items()}, [note])
 
@@ -174,10 +174,10 @@ def _follows(name, ckpt, first_name, first, known):
     mine,entries,notes = constants(ckpt),dict(ckpt._entries),[]
     extra = [k for k in mine if k not in first]
     for k in extra: del entries[k]
-    if extra: notes.append(f"{name}: {extra[0]} ({mine[extra[0]]})" + f" and {len(extra)-1} more"*(len(extra)>1)
+    if extra: notes.append(f"{extra[0]} ({mine[extra[0]]})" + f" and {len(extra)-1} more"*(len(extra)>1)
         + f" not in {first_name}: dropped, constants that are no weights")
     lost = [k for k in known if k not in ckpt]
-    if lost: notes.append(f"{name}: {lost[0]} ({known[lost[0]]})" + f" and {len(lost)-1} more"*(len(lost)>1)
+    if lost: notes.append(f"{lost[0]} ({known[lost[0]]})" + f" and {len(lost)-1} more"*(len(lost)>1)
         + f" missing: taken from {first_name}, constants that are no weights")
     for k in lost: entries[k] = _Borrowed(first, k, None)
     for k in [k for k in known if k in mine and known[k]!='counter']:
@@ -190,7 +190,7 @@ def _follows(name, ckpt, first_name, first, known):
                 "these models compute differently (compare their config.json), and integers cannot be merged")
         if a==b and np.array_equal(x, y): continue
         entries[k] = _Borrowed(first, k, ckpt._entries[k].path)
-        notes.append(f"{name}: {k} ({known[k]}) is {b.dtype} {b.shape}; that of {first_name} is kept ({a.dtype} {a.shape})")
+        notes.append(f"{k} ({known[k]}) is {b.dtype} {b.shape}; that of {first_name} is kept ({a.dtype} {a.shape})")
     return _like(ckpt, entries, {k: v for k,v in ckpt.aliases.items() if k in entries}, notes) if notes else ckpt
 
 # %% ../nbs/36_names.ipynb #00000011

@@ -16,7 +16,8 @@ from io import StringIO
 from pathlib import Path
 from . import __version__, operations # whose rules add themselves
 from .files import atomic, free_file
-from .preflight import name_models, preflight, row_columns
+from .heads import head_notes, task_heads
+from .preflight import name_models, opened_notes, preflight, row_columns, slips
 from .rules import Recipe, recipe, rules
 from .edges import default_estimator
 from .strategies import check_cut, cut_value
@@ -218,9 +219,11 @@ def decide_layers(
         'not decided by the paper' if paper else 'no matrix in this unit'), snrs, passes, cut)
 
 # %% ../nbs/40_plan.ipynb #00000013
-def _kept(row, models):
-    "Rows of a head, one per task, or of integers, which are the same in every model"
+def _kept(row, models, pooled):
+    "Rows of a head, one per task or, of one task, averaged; or of integers, which are the same in every model"
     def only(m): return {'base': 0.} | {o: float(o==m) for o in models}
+    if row['role']=='head' and pooled:
+        return [row | {'base': 0.} | {m: 1/len(models) for m in models} | dict(reason='heads of one task are averaged')]
     if row['role']!='head':
         return [row | only(models[0]) | dict(reason='the same integers in every model')]
     return [row | only(m) | dict(name=head_name(row['name'], m), reason='head kept per task') for m in models]
@@ -240,6 +243,7 @@ def plan_table(
     said:Decision=None, # Of a layer rule
     scale:float=None, # λ, of a rule that takes it
     leader:dict=None, # `{tensor: tensor that decides for it}` by the paper's protocol; else its unit does
+    pooled:bool=False, # Whether heads are of one task and averaged
 ) -> pd.DataFrame: # A row per tensor of the result
     "Rows of a plan: what each tensor is made of, and why"
     r,rows = what.rule,[]
@@ -247,7 +251,7 @@ def plan_table(
     for k,unit,role in units[['unit','role']].itertuples():
         row = dict(name=k, unit=unit, role=role, op='linear')
         if leader: rows.append(row | _decided(said, leader[k]))
-        elif role in ('head','buffer'): rows += _kept(row, models)
+        elif role in ('head','buffer'): rows += _kept(row, models, pooled)
         elif role=='stat' and r.scaled: rows.append(row | average | dict(reason='statistics are averaged'))
         elif said: rows.append(row | _decided(said, unit))
         elif role=='matrix' or r.entrywise and infos[k].is_float: rows.append(row | dict(op=what.text,
@@ -331,10 +335,12 @@ def make_plan(
     heads:list=None, # Prefixes of task heads; None finds them, [] merges them like everything else
     scans:dict=None, # `{task: scan(...)}` made before; measured here by default
     out=None, # Folder that the merge will be written to, to check that before measuring
+    files_from:str=None, # Model whose configuration counts where they contradict each other
     progress:bool=False, # Show a progress bar while measuring
 ) -> Plan:
     "Decide every tensor. Raises `ValueError` (`TypeError` for a lone path) before any merging"
     if isinstance(models, (str, Path)): name_models(models)
+    named = isinstance(models, dict)
     what,paper = recipe(strategy, ('layer','matrix'), 'strategy'),protocol=='paper'
     r = what.rule
     check_options(what, len(models), base, protocol=protocol, heads=heads, scale=scale,
@@ -345,7 +351,8 @@ def make_plan(
         of = 'weights' if paper and of is None else resolve_of(of, base)
     models,base = name_models(models, base)
     names,first = list(models),next(iter(models.values()))
-    units = preflight(models, base if r.base or of=='update' else None, [] if paper else heads, out)
+    found = task_heads(models, base, named) if heads is None and not paper else None
+    units = preflight(models, base if r.base or of=='update' else None, [] if paper else found or heads, out, files_from)
     if r.scaled: # tied tensors are treated as what they are tied to
         if scale is None: scale = 1. if r.kind=='matrix' and r.adds else 1/len(models)
         units['role'] = [o if o=='head' else units.role.get(first.aliases.get(k), o)
@@ -359,10 +366,12 @@ def make_plan(
         said = decide_layers(what, layers, names, snrs, scale=scale, threshold=threshold, top=top,
             paper=paper)
     leader = {k: first.aliases.get(k, k) for k in units.index} if paper else None
-    table = plan_table(units, first.infos, names, what, said, scale, leader)
+    table = plan_table(units, first.infos, names, what, said, scale, leader, bool(found and found.pooled))
+    notes = [*opened_notes(models, base), *head_notes(found, units, names), *slips(models, base)]
     if unfit: table = table.assign(unfit=[', '.join(m for m in unfit if k in unfit[m]) for k in table.name])
     return Plan(table, dict(models=names, strategy=what.text, protocol=protocol, version=__version__)
-        | ({'unfit': {m: len(o) for m,o in unfit.items()}} if unfit else {}) | _note(what, scale, estimator, of, threshold, top, said and said.cut))
+        | ({'unfit': {m: len(o) for m,o in unfit.items()}} if unfit else {})
+        | ({'notes': notes} if notes else {}) | _note(what, scale, estimator, of, threshold, top, said and said.cut))
 
 # %% ../nbs/40_plan.ipynb #00000023
 @patch

@@ -96,5 +96,7 @@ def scan(
         lambda k: measure(_matrix(k, model, base), what.text, k), jobs, n_workers or n_cores())
     rows = dict(zip(jobs, Bar(found, total=len(jobs), desc='scan', unit='layer',
         disable=not progress, leave=False)))
-    return pd.DataFrame([dict(name=k, unit=units.unit[k], role=units.role[k], shape=infos[k].shape,
+    res = pd.DataFrame([dict(name=k, unit=units.unit[k], role=units.role[k], shape=infos[k].shape,
         **rows[k], estimator=what.text, of=of) for k in names])
+    res.attrs['notes'] = [*model.notes, *(base.notes if base else ())] # what was decided by a guess
+    return res

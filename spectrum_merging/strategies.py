@@ -142,6 +142,9 @@ def check_cut(
         raise ValueError(f"threshold is {threshold}: pass a finite number")
     if top is not None and not 0 < top <= 100:
         raise ValueError(f"top is {top}: pass a share in %, above 0 and up to 100")
+    if top is not None and top<1:
+        raise ValueError(f"top is {top}, a share in %: pass {100*top:g} for {100*top:g} %, "
+            "or threshold= for fewer than one layer in a hundred")
 
 # %% ../nbs/30_strategies.ipynb #0000001f
 def cut_value(

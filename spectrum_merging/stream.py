@@ -35,9 +35,12 @@ class Row:
     same:tuple=() # Models that must hold the same integers
     op:str='linear' # What is done with the sources
     grams:tuple=() # Sources of input moments, one per model, where the operation asks for them
+    part:str='' # Subfolder that it lies in: '2_Dense' of sentence-transformers
 
     @property
     def head(self): return task_of(self.name)
+    @property
+    def stored(self): return self.key[len(self.part)+1:] if self.part else self.key # its name in the file
 
 # %% ../nbs/55_stream.ipynb #00000008
 def _row(plan, row, models, sources, dtype):
@@ -49,7 +52,8 @@ def _row(plan, row, models, sources, dtype):
     same = tuple(m for m in models if k in models[m]) if row['role']=='buffer' else ()
     moments = row['op']!='linear' and recipe(row['op'], 'matrix').rule.asks('grams')
     grams = [f'grams@{m}' for m in coefs if m!='base'] if moments else ()
-    return Row(row['name'], k, info, coefs, same, row['op'], tuple(grams))
+    part = next((p for m in coefs for p in sources[m].parts if k.startswith(p+'/')), '')
+    return Row(row['name'], k, info, coefs, same, row['op'], tuple(grams), part)
 
 def _misfits(plan, models, sources):
     "`(tensor, problem, remedy)` for all that keeps the plan from running on these models"
@@ -141,7 +145,7 @@ class Output:
         meta:dict, # `{key: text}`
     ) -> bytes:
         "Length and header, padded so that the numbers start at a multiple of 4,096 bytes"
-        entries = {r.key: dict(dtype=number_types[r.info.dtype].code, shape=list(r.info.shape),
+        entries = {r.stored: dict(dtype=number_types[r.info.dtype].code, shape=list(r.info.shape),
             data_offsets=[a, a+r.info.nbytes]) for r,a in zip(self.rows, self.starts)}
         text = json.dumps({'__metadata__': meta} | entries, separators=(',', ':')).encode()
         text += b' '*(-(8+len(text)) % 4096)
@@ -156,9 +160,10 @@ def _output(path, rows):
 def outputs(
     rows:list, # Of `Row`
     shard_size:int, # Largest number of bytes of a file of the body
+    numbered:bool=False, # Whether one file is numbered like several, because an index names it
 ) -> list: # Of `Output`
     "Files of the result: the body, in shards where it is large, and `heads/<task>.safetensors`"
-    body,heads,shards,room = [r for r in rows if not r.head],{},[[]],shard_size
+    body,heads,parts,shards,room = [r for r in rows if not (r.head or r.part)],{},{},[[]],shard_size
     for r in body:
         if r.info.nbytes>room and shards[-1]:
             shards.append([])
@@ -167,10 +172,12 @@ def outputs(
         room -= r.info.nbytes
     for r in rows:
         if r.head: heads.setdefault(r.head, []).append(r)
+        elif r.part: parts.setdefault(r.part, []).append(r)
     n = len(shards)
-    names = ['model.safetensors'] if n==1 else [
+    names = ['model.safetensors'] if n==1 and not numbered else [
         f'model-{i+1:05}-of-{n:05}.safetensors' for i in range(n)]
-    return [_output(*o) for o in zip(names, shards)] + [
+    return [_output(*o) for o in zip(names, shards) if o[1]] + [
+        _output(f'{part}/model.safetensors', o) for part,o in parts.items()] + [
         _output(f'heads/{task}.safetensors', o) for task,o in heads.items()]
 
 # %% ../nbs/55_stream.ipynb #00000011

@@ -85,10 +85,10 @@ def _tensor_checks(plan, rows, files, out, sources, told, sample, n_workers):
     again = rows if sample is None else Random(0).sample(rows, min(sample, len(rows)))
     bad = _differing(again, sources, {k: ckpts[f] for k,f in where.items()}, n_workers)
     with ThreadPoolExecutor(n_workers) as pool:
-        sums = list(pool.map(lambda r: _checksum(ckpts[where[r.name]], r.key), rows))
+        sums = list(pool.map(lambda r: _checksum(ckpts[where[r.name]], r.stored), rows))
     made,table = {r.name for r in again},plan.table.set_index('name')
     for r,s in zip(rows, sums):
-        ok = s==told['outputs'].get(where[r.name], {}).get('checksums', {}).get(r.key)
+        ok = s==told['outputs'].get(where[r.name], {}).get('checksums', {}).get(r.stored)
         yield (where[r.name], r.key, mixture(plan.coefs(table.loc[r.name]), r.op),
             'made again' if r.name in made else 'checksum', ok and r.name not in bad)
 
@@ -113,7 +113,7 @@ def verify(
     sources |= models | ({} if base is None else dict(base=base))
     rows = plan_rows(plan, models, base, told['dtype'], grams)
     rows = [r for r in rows if r.name not in told['tied']]
-    files = outputs(rows, told['shard_size'])
+    files = outputs(rows, told['shard_size'], told['numbered'])
     meta = metadata(plan, sources, {m: o['sha256'] for m,o in told['inputs'].items()},
         told['made_by'])
     res = [(f, '', '', check, ok) for f,check,ok in [*_input_checks(sources, told['inputs']),
