@@ -180,8 +180,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'spectrum_merging/checkpoint.py'),
                                              'spectrum_merging.checkpoint.TensorInfo.numel': ( 'checkpoint.html#tensorinfo.numel',
                                                                                                'spectrum_merging/checkpoint.py'),
-                                             'spectrum_merging.checkpoint._Attributes': ( 'checkpoint.html#_attributes',
-                                                                                          'spectrum_merging/checkpoint.py'),
                                              'spectrum_merging.checkpoint._Held': ( 'checkpoint.html#_held',
                                                                                     'spectrum_merging/checkpoint.py'),
                                              'spectrum_merging.checkpoint._Held.__init__': ( 'checkpoint.html#_held.__init__',

@@ -9,6 +9,7 @@ __all__ = ['TensorInfo', 'file_metadata', 'Checkpoint', 'content_sha256']
 
 # %% ../nbs/10_checkpoint.ipynb #00000003
 import hashlib, json, numpy as np, re, sys
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fastcore.basics import patch
@@ -154,17 +155,16 @@ def _unpickle(path):
     names = ('lightning.fabric','pytorch_lightning','lightning.pytorch','lightning_fabric')
     data = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath,
         (pathlib.PosixPath, 'pathlib._local.PosixPath'),
-        *((_Attributes, f'{o}.utilities.{m}.AttributeDict') for o in names for m in ('data', 'parsing'))]
+        *((OrderedDict, f'{o}.utilities.{m}.AttributeDict') for o in names for m in ('data', 'parsing'))]
     with torch.serialization.safe_globals(data):
         try: return torch.load(path, mmap=True, **args)
         except RuntimeError as e:
             if 'mmap' not in str(e): raise
             return torch.load(path, **args)
 
-class _Attributes(dict):
-    "In place of Lightning's dictionary of hyper-parameters"
-
-def _line(e): return (str(e).splitlines() or [type(e).__name__])[0]
+def _line(e):
+    m = re.search(r'WeightsUnpickler error:\s*(.+)', str(e)) # torch says it after a paragraph of advice
+    return m[1] if m else (str(e).splitlines() or [type(e).__name__])[0]
 
 def _open_pickle(path):
     "`{name: _Held}`, ties and notes of a file written by `torch.save`"

@@ -19,8 +19,10 @@ _pytorch = "save the model's state dict with safetensors.torch.save_file"
 _tensorflow = ('open it with a transformers below 5 (from_tf=True) and save_pretrained, '
     'or take the .safetensors of the same model')
 _magics = (
-    (rb'version https://git-lfs', 'a git-LFS pointer, not the weights', '`git lfs pull` in its folder fetches them'),
-    (rb'(?i)\s*<(?:!doctype|html|head|\?xml|error|!--)', 'an HTML or XML page, the answer of a server', _again),
+    (rb'version https://git-lfs', 'a git-LFS pointer, not the weights',
+        '`git lfs pull` in its folder fetches them'),
+    (rb'(?i)\s*<(?:!doctype|html|head|\?xml|error|!--)', 'an HTML or XML page, the answer of a server',
+        _again),
     (rb'\s*\{\s*"|(?i:entry not found|not found|access|unauthorized|forbidden|repository|invalid|40\d)',
         'text, the answer of a server', _again),
     (rb'GGUF', 'a GGUF file', 'its weights are quantised: take the original .safetensors'),
@@ -29,16 +31,20 @@ _magics = (
     (rb'(?s).{4}TFL3', 'a TensorFlow Lite file', 'take the model that it was made from'),
     (rb'\x93NUMPY', 'a NumPy array', _pytorch),
     (rb'(?s).{257}ustar', 'a tar archive', 'unpack it and pass what is in it'),
-    (rb'\x1f\x8b|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|BZh', 'a compressed archive', 'unpack it and pass what is in it'),
-    (rb'(?s)\x08[\x01-\x20].{0,60}(?:pytorch|onnx|keras|tf2|skl)', 'an ONNX file', 'take the model that it was exported from'),
+    (rb'\x1f\x8b|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|BZh', 'a compressed archive',
+        'unpack it and pass what is in it'),
+    (rb'(?s)\x08[\x01-\x20].{0,60}(?:pytorch|onnx|keras|tf2|skl)', 'an ONNX file',
+        'take the model that it was exported from'),
     (rb'(?s)(?:[\x81-\x8f]|\xde..|\xdf....)[\xa1-\xbf]\w', 'a Flax file (msgpack)',
         'open it with a transformers below 5 (from_flax=True) and save_pretrained'))
 _suffixes = (
     (r'\.gguf', *_magics[3][1:]), (r'\.(h5|keras)', *_magics[5][1:]), (r'\.tflite', *_magics[6][1:]),
-    (r'\.onnx(_data)?', *_magics[10][1:]), (r'\.(msgpack|flax)', *_magics[11][1:]), (r'\.np[yz]', *_magics[7][1:]),
+    (r'\.onnx(_data)?', *_magics[10][1:]), (r'\.(msgpack|flax)', *_magics[11][1:]),
+    (r'\.np[yz]', *_magics[7][1:]),
     (r'\.index|\.data-\d+-of-\d+|\.pb', 'a part of a TensorFlow checkpoint', _tensorflow),
     (r'\.distcp', 'a share of a distributed checkpoint',
-        'python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER weights.pt makes one file of all'),
+        'python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER weights.pt '
+        'makes one file of all'),
     (r'\.(nemo|mar|tgz|zip|gz)', 'an archive', 'unpack it and pass what is in it'))
 
 def first_bytes(
@@ -93,7 +99,8 @@ _folders = (
         'python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER pytorch_model.bin, '
         'or accelerate merge-weights, makes one file of all shares'),
     (r'global_step\d+|zero_to_fp32\.py|.*_optim_states\.pt|mp_rank_\d+_model_states\.pt',
-        'a DeepSpeed checkpoint, with the weights in shares', 'python zero_to_fp32.py . OUT, in that folder, puts them together'),
+        'a DeepSpeed checkpoint, with the weights in shares',
+        'python zero_to_fp32.py . OUT, in that folder, puts them together'),
     (r'mp_rank_\d+(_\d+)?|iter_\d+|latest_checkpointed_iteration\.txt', 'a Megatron checkpoint',
         'convert it to the Hugging Face layout with the tools of Megatron'),
     (r'consolidated\.0[1-9]\.pth', "Meta's own files of a Llama, in shares",
@@ -112,10 +119,14 @@ def foreign_folder(
     for pattern,what,remedy in _folders:
         if found := [o for o in names if re.fullmatch(pattern, o)]:
             return f"{folder} is {what} ({found[0]}): {remedy.format(folder/found[-1])}"
+    for name in names:
+        if found := next((o for o in _suffixes if re.search(o[0]+'$', name)), None):
+            return f"{folder} holds {name}, {found[1]}: {found[2]}"
 
 # %% ../nbs/09_formats.ipynb #00000010
 _training = re.compile(r'(training_args|optimizer|optim|scheduler|lr_scheduler|scaler|grad_scaler|rng_state|'
-    r'random_states|trainer_state|sampler|dataloader|dl_state_dict|custom_checkpoint|.*optim_states)([_.-].*)?$')
+    r'random_states|trainer_state|sampler|dataloader|dl_state_dict|custom_checkpoint|.*optim_states)'
+    r'([_.-].*)?$')
 
 def is_training_state(
     name:str, # Of a file
@@ -132,15 +143,17 @@ def placeholders(
     hollow = [k for k in empty if shapes[k]==(0,) and k.rpartition('.')[2] in ('weight','kernel')]
     if hollow or 2*len(empty)>len(shapes):
         return (f"{len(empty)} of {len(shapes)} tensors are empty, {(hollow or empty)[0]} of shape "
-            f"{shapes[(hollow or empty)[0]]}: DeepSpeed ZeRO-3 left places without weights; python zero_to_fp32.py . OUT "
-            "in the checkpoint's folder puts the weights together (or train with stage3_gather_16bit_weights_on_model_save)")
+            f"{shapes[(hollow or empty)[0]]}: DeepSpeed ZeRO-3 left places without weights; "
+            "python zero_to_fp32.py . OUT in the checkpoint's folder puts the weights together "
+            "(or train with stage3_gather_16bit_weights_on_model_save)")
     if flat := [k for k in shapes if re.search(r'(^|\.)_?flat_param(_\d+)?$', k)]:
         return (f"{flat[0]} is a flattened share of FSDP: save with StateDictType.FULL_STATE_DICT, "
             "or put the shares together with accelerate merge-weights")
 
 # %% ../nbs/09_formats.ipynb #00000018
 _plain = ('state_dict','model_state_dict','model','net','network','module','params','weights','model_state')
-_ema = ('state_dict_ema','model_ema','ema','ema_state_dict','params_ema','ema_model','model_ema_state_dict','net_ema','shadow_params')
+_ema = ('state_dict_ema','model_ema','ema','ema_state_dict','params_ema','ema_model','net_ema',
+    'model_ema_state_dict','shadow_params')
 
 def _states(sd, is_tensor):
     "`{key: state dict}` of what is in a file, one wrapper within another opened too"
@@ -164,7 +177,8 @@ def state_in(
     others = [k for k in states if k not in plain+ema]
     if len(plain)==1 or not plain and len(ema)==1 and not others:
         k = (plain or ema)[0]
-        if plain and ema: return states[k],f"holds plain and averaged (EMA) weights: {k!r} was taken, not {ema[0]!r}"
+        if plain and ema:
+            return states[k],f"holds plain and averaged (EMA) weights: {k!r} was taken, not {ema[0]!r}"
         return states[k],f"holds averaged (EMA) weights only: {k!r} was taken" if ema else None
     if len(states)==1: return states[others[0]],f"holds weights under {others[0]!r}, which were taken"
     raise ValueError(f"it holds several state dicts, {', '.join(states)}: save the one that you mean, "

@@ -141,12 +141,12 @@ def _renamed(name, ckpt, first_name, first, configs):
     back = {v: k for k,v in theirs.items()}
     new = {k: back.get(v, v) if k not in first else k for k,v in mine.items()}
     if len(set(new.values()))<len(new): return ckpt
-    left = [o for o in first if o not in new.values()]
-    for a,b,n,m in ((left, [o for o in new.values() if o not in first], first_name, name),
-            ([o for o in new.values() if o not in first], left, name, first_name)):
+    left = {theirs[k]: k for k in set(first)-set(new.values())}
+    over = {mine[k]: k for k in ckpt if new[k] not in first}
+    for a,b,n,m in ((left, over, first_name, name), (over, left, name, first_name)):
         if pair := _joined(a, b, config or own):
-            raise ValueError(f"{n} holds {pair[0]} and the like, {m} holds them as {pair[1]}: transformers joins or splits "
-                "these on load; open both with from_pretrained and save both with save_pretrained, by one version")
+            raise ValueError(f"{n} holds {a[pair[0]]} and the like, {m} holds them as {b[pair[1]]}: transformers joins or "
+                "splits these on load; open both with from_pretrained and save both with save_pretrained")
     moved = [(k, v) for k,v in new.items() if k!=v]
     if not moved: return ckpt
     note = f"{len(moved)} tensors get {first_name}'s names ({moved[0][0]} is {moved[0][1]}), as transformers loads them"

@@ -19,9 +19,12 @@ _methods = ( # What names end in, and a neighbour that must be there, in this or
     ('bitsandbytes, 8 bit', r'\bSCB$', 'weight'),
     ('GPTQ or AWQ', r'\.qweight$', '.scales'), ('GPTQ or AWQ', r'\.qweight$', '.qzeros'),
     ('compressed-tensors', r'\.weight_packed$', '.weight_scale'), ('mxfp4', r'_blocks$', '_scales'),
-    ('HQQ', r'\.W_q$', None), ('AQLM', r'\.codebooks$', '.codes'), ('VPTQ', r'\.indices$', '.centroids.weight'),
-    ('EXL2', r'\.q_weight$', '.q_scale'), ('EETQ', r'\.weight_scales$', '.weight'), ('quanto', r'\.weight\._data$', None),
-    ("ComfyUI's scaled fp8", r'\.scale_weight$', '.weight'), ("ComfyUI's scaled fp8", r'(^|\.)scaled_fp8$', None))
+    ('HQQ', r'\.W_q$', None), ('AQLM', r'\.codebooks$', '.codes'),
+    ('VPTQ', r'\.indices$', '.centroids.weight'),
+    ('EXL2', r'\.q_weight$', '.q_scale'), ('EETQ', r'\.weight_scales$', '.weight'),
+    ('quanto', r'\.weight\._data$', None),
+    ("ComfyUI's scaled fp8", r'\.scale_weight$', '.weight'),
+    ("ComfyUI's scaled fp8", r'(^|\.)scaled_fp8$', None))
 
 def _method(entries):
     "`(method, names)` of the first that is recognised; two Nones where none is"
@@ -32,7 +35,7 @@ def _method(entries):
     return None,None
 
 _scale = ('_scale_inv','_scale','_qscale') # After the name of a weight
-_beside = re.compile(r'\.(input_scale|activation_scale|input_scale_ub|output_scale|k_scale|v_scale|weight_format)$')
+_beside = re.compile(r'\.(input_scale|activation_scale|input_scale_ub|output_scale|k_scale|v_scale)$')
 
 def _coded(info): return info.dtype in ('int8','uint8','int32') or 'float8' in info.dtype
 
@@ -44,8 +47,8 @@ def _refuse(what, entries):
     "`ValueError` for codes that cannot be read"
     eight = any('float8' in o.info.dtype for o in entries.values())
     return ValueError(f"is quantised ({what}): its tensors are codes, not weights; "
-        + ('float8 codes with scales of their own' if eight else 'integers') + ' cannot be merged or measured: '
-        "dequantise the model (transformers: from_pretrained, model.dequantize(), save_pretrained) "
+        + ('float8 codes with scales of their own' if eight else 'integers')
+        + " cannot be merged or measured: dequantise the model (transformers: from_pretrained, model.dequantize(), save_pretrained) "
         "or take the one that it was made from")
 
 # %% ../nbs/11_quantised.ipynb #0000000a
@@ -155,7 +158,8 @@ class _FourBit(_Computed):
             else:
                 q = _stored(p['absmax'])
                 of = np.arange(q.size)//s['nested_blocksize']
-                self.found = _fp32(p['nested_quant_map'])[q]*_fp32(p['nested_absmax'])[of]+np.float32(s['nested_offset'])
+                self.found = (_fp32(p['nested_quant_map'])[q]*_fp32(p['nested_absmax'])[of]
+                    + np.float32(s['nested_offset']))
         return self.found
 
     def numbers(self, a, b):
@@ -202,8 +206,8 @@ def _fp8(entries, pairs, config):
     for k,s in pairs.items():
         block = _block(entries[k].info, entries[s].info, size if ok else None)
         if block is None or 'float8' not in entries[k].info.dtype or f'{k}_zero_point' in entries:
-            raise _refuse(f"{quant['quant_method']}; {k} of shape {entries[k].info.shape} with scales of shape "
-                f"{entries[s].info.shape}", entries)
+            raise _refuse(f"{quant['quant_method']}; {k} of shape {entries[k].info.shape} with scales of "
+                f"shape {entries[s].info.shape}", entries)
         res[k] = _Scaled(entries[k], entries[s], block, _dtype(config, entries[s].info))
     return res,{*pairs.values(), *(k for k in entries if _beside.search(k))}
 
@@ -234,8 +238,8 @@ def _find(entries, config, quant):
     if method: raise _refuse(f'{method}; {names[0]}', entries)
     pairs,name = _pairs(entries),quant.get('quant_method')
     if pairs and name in _fp8_methods: return _fp8(entries, pairs, config)
-    if pairs: raise _refuse(f"{next(iter(pairs))} has a scale, and {name or 'no quantization_config'} does not say "
-        "how it is used", entries)
+    if pairs: raise _refuse(f"{next(iter(pairs))} has a scale, and {name or 'no quantization_config'} "
+        "does not say how it is used", entries)
     return {},set()
 
 def dequantised(
@@ -253,5 +257,5 @@ def dequantised(
     if not found: return entries,None
     types = ', '.join(dict.fromkeys(o.info.dtype for o in found.values()))
     return ({k: found.get(k, o) for k,o in entries.items() if k not in parts},
-        f"is quantised ({quant.get('quant_method', 'bitsandbytes')}): {len(found)} weights are computed from its codes "
-        f"and scales, as {types}")
+        f"is quantised ({quant.get('quant_method', 'bitsandbytes')}): {len(found)} weights are computed from "
+        f"its codes and scales, as {types}")
