@@ -175,7 +175,7 @@ def _open_pickle(path):
         raise ValueError(f"{path} is a pickle that holds more than tensors"
             + f" (a {what})"*bool(what) + ", and loading it could "
             "run code, so it is refused: load it where you trust it and save the state dict with "
-            f"safetensors.torch.save_file ({_line(e)})") from e
+            "safetensors.torch.save_file" + f" ({_line(e)})"*(not what)) from e
     except Exception as e: # whatever a damaged file makes of the reader
         raise ValueError(f"{path} is no readable PyTorch file ({_line(e)}): "
             "download or export it again") from e

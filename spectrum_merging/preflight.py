@@ -220,7 +220,7 @@ def slips(
             res.append(f"{a} and {b} hold the same numbers: is one given twice?")
     if base is None: return res
     for m,o in models.items():
-        names = [k for k,i in o.infos.items() if k in base and i.shape==base.infos[k].shape and len(i.shape)==2
+        names = [k for k,i in o.infos.items() if k in base and k not in o.constants and i.shape==base.infos[k].shape and len(i.shape)==2
             and number_types[i.dtype].eps and number_types[base.infos[k].dtype].eps]
         if (far := _distance(o, base, names)) > _too_far:
             res.append(f"{m} is {far:.2f} of its length away from the base (unrelated networks: 1.41): "

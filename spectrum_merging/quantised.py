@@ -48,7 +48,8 @@ def _refuse(what, entries):
     eight = any('float8' in o.info.dtype for o in entries.values())
     return ValueError(f"is quantised ({what}): its tensors are codes, not weights; "
         + ('float8 codes with scales of their own' if eight else 'integers')
-        + " cannot be merged or measured: dequantise the model (transformers: from_pretrained, model.dequantize(), save_pretrained) "
+        + " cannot be merged or measured: dequantise the model "
+        "(transformers: from_pretrained, model.dequantize(), save_pretrained) "
         "or take the one that it was made from")
 
 # %% ../nbs/11_quantised.ipynb #0000000a
@@ -227,9 +228,15 @@ def _eight_bit(entries, names, config):
     return res,rest
 
 # %% ../nbs/11_quantised.ipynb #00000012
+# Their Conv1D hold (in, out); transformers turned these before they were quantised, and turns nothing back
+_turned = {None,'gpt2','openai-gpt','imagegpt','decision_transformer','clvp','clvp_decoder'}
+
 def _find(entries, config, quant):
     "Weights by their names, and the names of what belongs to them. Raises `ValueError`"
     method,names = _method(entries)
+    if method and method.startswith('bitsandbytes') and config.get('model_type') in _turned and (
+            turned := [k for k in names if re.search(r'\.(c_attn|c_proj|c_fc)\.', k)]):
+        raise _refuse(f'{method}, and {turned[0]} belongs to a Conv1D, whose weights it turned', entries)
     if method=='bitsandbytes, 4 bit':
         ks = {re.sub(_methods[0][1], '', k): None for k in names}
         return {k: _four_bit(k, entries) for k in ks},{k for k in entries if k.rpartition('.')[0] in ks

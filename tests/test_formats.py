@@ -353,3 +353,19 @@ def test_merge_of_fp8(tmp_path):
     save_file({'q.weight': q, 'q.weight_scale_inv': R(2, 2).abs(), 'n.weight': R(4)}, tmp_path/'b/model.safetensors')
     models = [tmp_path/'a',tmp_path/'b']
     with pytest.raises(ValueError, match='q.weight of b holds 1 NaN'): merge(make_plan('standard', models), models)
+
+@pytest.mark.parametrize('kind', ['nf4','fp4'])
+@pytest.mark.parametrize('nested', [True, False])
+@pytest.mark.parametrize('dtype', ['float16','bfloat16','float32'])
+def test_four_bits_are_those_of_bitsandbytes(kind, nested, dtype):
+    "Bit for bit what the library itself makes of its codes, where it is installed"
+    F = pytest.importorskip('bitsandbytes.functional')
+    q,state = F.quantize_4bit(R(96, 80).to(getattr(torch, dtype)), quant_type=kind, compress_statistics=nested)
+    sd = {'l.weight': q} | {f'l.weight.{k}': v for k,v in state.as_dict(packed=True).items()}
+    assert Checkpoint(sd).read('l.weight').equal(F.dequantize_4bit(q, state))
+
+def test_turned_weights_are_refused():
+    "transformers turns the weights of GPT-2's Conv1D before it quantises them"
+    sd = {f'h.0.attn.c_attn.{k}': v for k,v in nf4(R(16, 16))[0].items()}
+    with pytest.raises(ValueError, match='Conv1D'): Checkpoint(sd)
+    assert dequantised({k: Entry(v) for k,v in sd.items()}, dict(model_type='gpt_bigcode'))[1]
