@@ -189,7 +189,8 @@ def read_config(
     folder, # Folder of a model, or None
 ) -> dict: # Empty where there is none
     "What is in a model's `config.json`"
-    try: res = json.loads((Path(folder)/'config.json').read_text(encoding='utf-8')) if folder else {}
+    path = Path(folder or '')/'config.json'
+    try: res = json.loads(path.read_text(encoding='utf-8')) if folder and path.is_file() else {}
     except (OSError, ValueError, RecursionError): return {}
     return res if isinstance(res, dict) else {}
 
