@@ -71,6 +71,12 @@ def _kind(layer):
 
 def _layer(name): return name.removesuffix('.weight')
 
+# Output layers of language models by the names that transformers gives them
+_output = re.compile(r'(?:^|\.)(?:lm_head|embed_out)\.weight$')
+
+# The two lines that Spectrum writes for every model, also where it ties them or calls them otherwise.
+_every_model = '^lm_head.weight$','^model.embed_tokens.weight$'
+
 def write_snr_results(
     table:pd.DataFrame, # From `scan`
     path, # JSON file to write
@@ -88,11 +94,15 @@ def read_snr_results(
     "Read Spectrum's `snr_results_….json`. Raises `ValueError` where it is none"
     try:
         rows = json.loads(Path(path).read_text(encoding='utf-8'))
-        return pd.DataFrame([dict(name=k+'.weight', snr=float(o['snr']), kind=o['type'],
-            estimator=estimator, of='weights') for k,o in rows.items()])
+        flat = [(k, o['snr'], o['type']) for k,o in rows.items() if 'snr' in o]
+        # Spectrum writes a second file, …_sorted.json, kind by kind
+        for kind in rows if not flat else []: flat += [(k, s, kind) for k,s in rows[kind].items()]
+        if not flat: raise ValueError('it holds no layer')
+        return pd.DataFrame([dict(name=k+'.weight', snr=float(s), kind=kind, estimator=estimator, of='weights')
+            for k,s,kind in flat])
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is no snr_results file ({e!r}): it needs a JSON object "
-            "{layer: {snr: number, type: kind}}") from e
+            "{layer: {snr: number, type: kind}}, or kind by kind {kind: {layer: number}}") from e
 
 # %% ../nbs/45_interop.ipynb #0000000c
 def write_unfrozen(
@@ -106,9 +116,10 @@ def write_unfrozen(
         raise ValueError(f"top is {top}: pass a share in %, above 0 and up to 100")
     lines = ['unfrozen_parameters:']
     layers = table.assign(layer=table.name.map(_layer))
-    if 'role' in table:
-        lines += [f'- ^{re.escape(k)}$' for k in table.name[table.role.isin(['head','embedding'])]]
-        layers = layers[~table.role.isin(['head','embedding'])]
+    # Spectrum always trains what turns words into vectors and back
+    always = table.name.map(lambda k: bool(_output.search(k))) | (table.role.isin(['head','embedding']) if 'role' in table else False)
+    lines += [f'- ^{re.escape(k)}$' for k in table.name[always]]
+    layers = layers[~always]
     for kind,o in layers.groupby(layers.layer.map(_kind), sort=False):
         best = o.sort_values('snr', ascending=False, kind='stable').layer[:int(len(o)*top/100)]
         lines += [f'# {kind} layers'] + [f'- {k}' for k in best]
@@ -128,6 +139,6 @@ def read_unfrozen(
     except (re.error, TypeError) as e: raise ValueError(f"{path} holds no patterns ({e})") from e
     def fits(name, o): return (m := o.match(name)) and (m.end()==len(name) or name[m.end()]=='.')
     names = list(names)
-    if lost := [o.pattern for o in found if not any(fits(k, o) for k in names)]:
+    if lost := [o.pattern for o in found if o.pattern not in _every_model and not any(fits(k, o) for k in names)]:
         raise ValueError(f"{path} selects layers that the model lacks:{listed(lost)}")
     return [k for k in names if any(fits(k, o) for o in found)]

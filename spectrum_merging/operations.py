@@ -275,7 +275,8 @@ def slerp(
     if len(coefs)!=len(weights) or not (coefs>=0).all() or not 0<coefs.sum()<np.inf:
         raise ValueError(f"coefficients are {coefs.tolist()}: pass one of 0 or more per model")
     coefs,norms = coefs/coefs.sum(),[np.linalg.norm(_f64(w)) for w in weights]
-    if not all(norms): return sum(c*_f64(w) for c,w in zip(coefs, weights))
+    # a sphere of one number is two points, with nothing between them
+    if not all(norms) or np.size(weights[0])==1: return sum(c*_f64(w) for c,w in zip(coefs, weights))
     vs = [_f64(w)/n for w,n in zip(weights, norms)]
     mean = sum(c*v for c,v in zip(coefs, vs))
     if np.linalg.norm(mean)<1e-9:

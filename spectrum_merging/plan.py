@@ -21,7 +21,7 @@ from .preflight import name_models, opened_notes, preflight, row_columns, slips
 from .rules import Recipe, recipe, rules
 from .edges import default_estimator
 from .strategies import check_cut, cut_value
-from .units import head_name, is_head, tensor_name
+from .units import by_depth, head_name, is_head, tensor_name
 
 # %% ../nbs/40_plan.ipynb #00000007
 def mixture(
@@ -139,15 +139,6 @@ def model_scans(
             "use the same names")
     for m,df in scans.items(): _check_scan(m, df, dict(estimator=estimator, of=of))
     return {m: df.set_index('name') for m,df in scans.items()}
-
-def _by_depth(names):
-    "Names in order of depth: layers.2 before layers.10, which files sort the other way round"
-    seen = {}
-    def key(name):
-        parts = name.split('.')
-        return [int(o) if o.isdigit() else seen.setdefault(tuple(parts[:i+1]), len(seen))
-            for i,o in enumerate(parts)]
-    return sorted(names, key=key)
 
 # %% ../nbs/40_plan.ipynb #0000000e
 @dataclass(frozen=True)
@@ -302,7 +293,7 @@ def _layers(what, models, base, units, paper, estimator, of, scans, progress):
     "Names of the layers that a rule decides, and where it looks at SNRs these, and matrices that do not fit"
     r,first = what.rule,next(iter(models.values()))
     decided = (_paper_decided(first.infos, recipe(estimator, 'estimator').rule.paper, first.aliases)
-        if paper else _by_depth(dict.fromkeys(units.unit[units.role=='matrix'])))
+        if paper else by_depth(dict.fromkeys(units.unit[units.role=='matrix'])))
     if not r.asks('snr', 'hi'): return decided,None,{}
     scans = model_scans(models, base, units, estimator, of, scans, progress)
     found = {m: df.snr for m,df in scans.items()}

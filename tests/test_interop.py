@@ -1,5 +1,5 @@
 "Plans run in mergekit give the same tensors; Spectrum's files are read as they are written."
-import json, pytest, subprocess, sys, torch, yaml
+import json, pandas as pd, pytest, subprocess, sys, torch, yaml
 from pathlib import Path
 from spectrum_merging.checkpoint import Checkpoint
 from spectrum_merging.interop import (read_snr_results, read_unfrozen, to_mergekit, write_snr_results,
@@ -98,3 +98,20 @@ def test_wrong_yaml(text, tmp_path):
 def test_wrong_json(text, tmp_path):
     (tmp_path/'s.json').write_text(text)
     with pytest.raises(ValueError, match='s.json is no snr_results file'): read_snr_results(tmp_path/'s.json')
+
+def test_kind_by_kind_and_always_trained(tmp_path):
+    "Spectrum's sorted file, and the output layer that it always trains; its two fixed lines may name nothing"
+    rows = dict(q_proj={'model.layers.0.q_proj': 3., 'model.layers.1.q_proj': 1.})
+    (tmp_path/'s_sorted.json').write_text(json.dumps(rows))
+    got = read_snr_results(tmp_path/'s_sorted.json')
+    assert got.name.tolist()==['model.layers.0.q_proj.weight','model.layers.1.q_proj.weight'] and set(got.kind)=={'q_proj'}
+    for bad in ('{}', '{"q": 3}', '{"q": {"a": "x"}}'):
+        (tmp_path/'bad.json').write_text(bad)
+        with pytest.raises(ValueError, match='no snr_results file'): read_snr_results(tmp_path/'bad.json')
+    table = got.assign(role='matrix')
+    out = pd.DataFrame([dict(name='lm_head.weight', snr=0., role='matrix')])
+    yml = write_unfrozen(pd.concat([table, out]), tmp_path/'u.yaml', top=50)
+    names = [*got.name, 'lm_head.weight']
+    assert read_unfrozen(yml, names)==['model.layers.0.q_proj.weight','lm_head.weight']
+    (tmp_path/'v.yaml').write_text('unfrozen_parameters:\n- ^lm_head.weight$\n- ^model.embed_tokens.weight$\n- model.layers.1.q_proj\n')
+    assert read_unfrozen(tmp_path/'v.yaml', names[:2])==['model.layers.1.q_proj.weight']
