@@ -139,11 +139,11 @@ def placeholders(
     shapes:dict, # `{name: shape}`
 ) -> str: # A sentence without its subject, or None where the weights are whole
     "What speaks against these being the whole of a model's weights"
-    empty = [k for k,s in shapes.items() if 0 in s]
-    hollow = [k for k in empty if shapes[k]==(0,) and k.rpartition('.')[2] in ('weight','kernel')]
-    if hollow or 2*len(empty)>len(shapes):
-        return (f"{len(empty)} of {len(shapes)} tensors are empty, {(hollow or empty)[0]} of shape "
-            f"{shapes[(hollow or empty)[0]]}: DeepSpeed ZeRO-3 left places without weights; "
+    empty = [k for k,s in shapes.items() if s==(0,)]
+    # A model may have an empty parameter; a third of them is what ranks leave that keep small ones whole
+    if len(empty)>1 and 3*len(empty)>=len(shapes):
+        return (f"{len(empty)} of {len(shapes)} tensors are empty, {empty[0]} of shape (0,): "
+            "DeepSpeed ZeRO-3 left places without weights; "
             "python zero_to_fp32.py . OUT in the checkpoint's folder puts the weights together "
             "(or train with stage3_gather_16bit_weights_on_model_save)")
     if flat := [k for k in shapes if re.search(r'(^|\.)_?flat_param(_\d+)?$', k)]:

@@ -13,19 +13,23 @@ from .arithmetic import number_types, storage, widen
 from .checkpoint import Checkpoint
 
 # %% ../nbs/36_names.ipynb #00000007
-def _counts(x): return x.ndim>0 and (np.diff(x, axis=-1)==1).all() and (x[..., 0]==x.flat[0]).all() and x.flat[0]>=0
+def _counts(x):
+    "Whether each row counts on from the same number by 1"
+    return x.ndim>0 and x.flat[0]>=0 and (x==x.flat[0]+np.arange(x.shape[-1])).all()
+
 def _falls(x): return x.ndim==1 and (x>0).all() and (np.diff(x)<=0).all()
 def _triangle(x):
     n = x.shape[-1] if x.ndim>1 else 0
     if n<2 or x.shape[-2]!=n or x.size!=n*n: return False
     x = x.reshape(n, n)
-    low,high = x[np.tril_indices(n)],x[np.triu_indices(n, 1)]
-    return (low==low[0]).all() and (high==high[0]).all() and low[0]!=high[0]
+    low,high = x[0, 0],x[0, -1]
+    return low!=high and (x==np.where(np.tri(n, dtype=bool), low, high)).all()
 def _circle(x):
     if x.ndim<2 or x.shape[-1] % 2: return False
     x,h = x.reshape(-1, x.shape[-1]),x.shape[-1]//2
     x = x[(x!=0).any(1)] # the row of a padding token is 0
-    return len(x)>0 and any(np.allclose(a*a+b*b, 1, atol=2e-2) for a,b in ((x[:, :h], x[:, h:]), (x[:, ::2], x[:, 1::2])))
+    pairs = (x[:, :h], x[:, h:]),(x[:, ::2], x[:, 1::2])
+    return len(x)>0 and any(np.allclose(a*a+b*b, 1, atol=2e-2) for a,b in pairs)
 def _one(x): return x.size==1
 def _few(x): return (np.abs(x)<=2).all()
 
@@ -37,27 +41,27 @@ _constants = ( # What a name ends in, what its values must be, what it is
     (r'(?:attn|attention|crossattention)\.bias', lambda x: x.ndim==4 and _triangle(x), 'causal mask'),
     (r'(?:\w*_)?mask|tril|bias_mask', _triangle, 'causal mask'),
     (r'masked_bias', lambda x: _one(x) and x.flat[0]<=-1e4, 'value of masked scores'),
-    (r'(?:embed_positions|position_embeddings?|position_enc|pos_encoder|positional_encoding)\.(?:weights?|pe|pos_table)'
-        r'|pos_table|pe', _circle, 'sinusoidal table'),
+    (r'(?:embed_positions|position_embeddings?|position_enc|pos_encoder|positional_encoding)\.'
+        r'(?:weights?|pe|pos_table)|pos_table|pe', _circle, 'sinusoidal table'),
     (r'relative_position_index', lambda x: True, 'indices of relative positions'),
     (r'relative_coords_table', _few, 'relative positions'),
     (r'num_batches_tracked', _one, 'counter'),
     (r'version|_float_tensor|num_updates', _one, 'version'),
-    (r'(?:betas|alphas_cumprod(?:_prev)?|sqrt_\w*alphas_cumprod|log_one_minus_alphas_cumprod|sqrt_recipm1_alphas_cumprod|'
+    (r'(?:betas|alphas_cumprod(?:_prev)?|sqrt_\w*alphas_cumprod|log_one_minus_alphas_cumprod|'
         r'posterior_(?:variance|log_variance_clipped|mean_coef[12]))', lambda x: x.ndim==1, 'noise schedule'))
 _constants = tuple((re.compile(rf'(?:^|\.)(?:{p})$'), f, what) for p,f,what in _constants)
 
 # %% ../nbs/36_names.ipynb #00000008
-def _values(ckpt, name):
-    "A tensor as fp64"
+def _values(ckpt, name, rows=None):
+    "A tensor, or its first rows: floats as fp64, integers as they are"
     info = ckpt.infos[name]
-    raw = np.empty(info.numel, storage[info.dtype])
-    if info.numel: ckpt.read_into(name, raw)
-    x = widen(raw, info.dtype) if info.is_float and number_types[info.dtype].eps else raw.astype('f8')
-    return x.reshape(info.shape)
+    shape = info.shape if rows is None else (min(rows, info.shape[0]), *info.shape[1:])
+    raw = np.empty(shape, storage[info.dtype])
+    if raw.size: ckpt.read_into(name, raw.reshape(-1))
+    return widen(raw, info.dtype) if info.is_float and number_types[info.dtype].eps else raw
 
 def _is_mask(ckpt, name):
-    "Whether a square tensor holds infinities and one finite value; most are told from their first and last row"
+    "Whether a square tensor holds infinities and one finite value: first and last row tell of most"
     info = ckpt.infos[name]
     n = info.shape[-1]
     kind = np.dtype(storage[info.dtype])
@@ -79,15 +83,19 @@ def constants(
     for k,o in ckpt.infos.items():
         rule = next((c for c in _constants if c[0].search(k)), None)
         if 0 in o.shape or o.is_complex or 'float8' in o.dtype: continue
+        # Most tables under these names are learned: their first rows show it
+        if rule and rule[1] is _circle and len(o.shape)==2 and not _circle(_values(ckpt, k, 4)): continue
         if rule and rule[1](_values(ckpt, k)): res[k] = rule[2]
-        elif o.is_float and len(o.shape)>1 and o.shape[-1]==o.shape[-2]>1 and _is_mask(ckpt, k): res[k] = 'mask'
+        elif o.is_float and len(o.shape)>1 and o.shape[-1]==o.shape[-2]>1 and _is_mask(ckpt, k):
+            res[k] = 'mask'
     return res
 
 # %% ../nbs/36_names.ipynb #0000000c
 def _transforms(config):
-    "What transformers does to names of a model of this kind, freshly made; by type alone where its class cannot be made"
+    "What transformers does to names of this class of model, or of its type where it cannot be made"
     import torch, transformers
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
+    from transformers.conversion_mapping import (get_checkpoint_conversion_mapping,
+        get_model_conversion_mapping)
     kind,arch = config.get('model_type'),(config.get('architectures') or [None])[0]
     cls = getattr(transformers, arch, None) if isinstance(arch, str) and arch.isidentifier() else None
     if isinstance(kind, str) and isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
@@ -120,7 +128,8 @@ def _joined(mine, theirs, config):
     steps = [o for o in _transforms(config) if isinstance(o, WeightConverter)]
     for k in mine:
         made,how = apply_converters(k, steps)
-        if how is not None and made!=k and (hit := next((o for o in theirs if o.startswith(made)), None)): return k,hit
+        hit = next((o for o in theirs if o.startswith(made)), None) if how is not None and made!=k else None
+        if hit: return k,hit
 
 def _like(ckpt, entries, aliases=None, notes=()):
     "A model with other entries"
@@ -145,11 +154,13 @@ def _renamed(name, ckpt, first_name, first, configs):
     over = {mine[k]: k for k in ckpt if new[k] not in first}
     for a,b,n,m in ((left, over, first_name, name), (over, left, name, first_name)):
         if pair := _joined(a, b, config or own):
-            raise ValueError(f"{n} holds {a[pair[0]]} and the like, {m} holds them as {b[pair[1]]}: transformers joins or "
-                "splits these on load; open both with from_pretrained and save both with save_pretrained")
+            raise ValueError(f"{n} holds {a[pair[0]]} and the like, {m} holds them as {b[pair[1]]}: "
+                "transformers joins or splits these on load; open both with from_pretrained "
+                "and save both with save_pretrained")
     moved = [(k, v) for k,v in new.items() if k!=v]
     if not moved: return ckpt
-    note = f"{len(moved)} tensors get {first_name}'s names ({moved[0][0]} is {moved[0][1]}), as transformers loads them"
+    note = (f"{len(moved)} tensors get {first_name}'s names ({moved[0][0]} is {moved[0][1]}), "
+        "as transformers loads them")
     return _like(ckpt, {new[k]: o for k,o in ckpt._entries.items()},
         {new.get(k, k): new.get(v, v) for k,v in ckpt.aliases.items()}, [note])
 
@@ -182,23 +193,26 @@ def _follows(name, ckpt, first_name, first, known):
     for k in lost: entries[k] = _Borrowed(first, k, None)
     for k in [k for k in known if k in mine and known[k]!='counter']:
         a,b = first.infos[k],ckpt.infos[k]
-        x,y = _values(first, k),_values(ckpt, k)
+        x,y = (_values(o, k).astype('f8') for o in (first, ckpt))
+        if a==b and np.array_equal(x, y): continue
         same = a.shape==b.shape and _close(x, y, (a.dtype, b.dtype))
         longer = a.shape!=b.shape and known[k] in _longer
         if not same and not longer and known[k] not in _own:
-            raise ValueError(f"{k} ({known[k]}) is constant and differs between {first_name} {a.shape} and {name} {b.shape}: "
-                "these models compute differently (compare their config.json), and integers cannot be merged")
-        if a==b and np.array_equal(x, y): continue
+            raise ValueError(f"{k} ({known[k]}) is constant and differs between {first_name} {a.shape} "
+                f"and {name} {b.shape}: these models compute differently (compare their config.json), "
+                "and integers cannot be merged")
         entries[k] = _Borrowed(first, k, ckpt._entries[k].path)
-        notes.append(f"{k} ({known[k]}) is {b.dtype} {b.shape}; that of {first_name} is kept ({a.dtype} {a.shape})")
-    return _like(ckpt, entries, {k: v for k,v in ckpt.aliases.items() if k in entries}, notes) if notes else ckpt
+        notes.append(f"{k} ({known[k]}) is {b.dtype} {b.shape}; "
+            f"that of {first_name} is kept ({a.dtype} {a.shape})")
+    aliases = {k: v for k,v in ckpt.aliases.items() if k in entries or k not in ckpt}
+    return _like(ckpt, entries, aliases, notes) if notes else ckpt
 
 # %% ../nbs/36_names.ipynb #00000011
 def align(
     models:dict, # `{name: Checkpoint}`
     base:Checkpoint=None, # Model that they were fine-tuned from
-) -> tuple[dict, Checkpoint]: # The same with the first model's names and constants; what was done is in their `notes`
-    "One model's names for all. Raises `ValueError` for constants that differ, or tensors joined in one model only"
+) -> tuple[dict, Checkpoint]: # The same with the first model's names and constants, and `notes` of it
+    "One model's names for all. Raises `ValueError` for constants that differ or tensors joined in one"
     others = {**models, **({} if base is None else dict(base=base))}
     name,first = next(iter(models.items()))
     configs = [o.config for o in others.values()]

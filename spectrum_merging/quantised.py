@@ -102,9 +102,9 @@ def _stored(entry, a=0, b=None):
     if raw.size: entry.read_into(raw, a*raw.itemsize)
     return raw
 
-def _fp32(entry):
-    "All numbers of a small entry as fp32"
-    raw = _stored(entry)
+def _fp32(entry, a=0, b=None):
+    "Numbers a…b of an entry as fp32"
+    raw = _stored(entry, a, b)
     return widen(raw, entry.info.dtype, 'f4') if entry.info.is_float else raw.astype('f4')
 
 # %% ../nbs/11_quantised.ipynb #0000000d
@@ -112,13 +112,15 @@ class _Scaled(_Computed):
     "float8 or int8 codes with a grid of scales"
     def __init__(self, codes, scale, block, dtype, factor=None):
         super().__init__(codes, [scale], codes.info.shape, dtype)
-        self.scale,self.block,self.factor,self.found = scale,block,factor,None
+        self.scale,self.block,self.factor = scale,block,factor
 
-    def _scales(self):
-        if self.found is None:
-            s = _fp32(self.scale)
-            self.found = np.exp2(s-127) if self.scale.info.dtype=='uint8' else s
-        return self.found
+    def _scales(self, i, j, width):
+        "Rows i…j of the grid of scales, of which one may stand for all"
+        one = self.scale.info.numel==1
+        raw = _stored(self.scale, *(() if one else (i*width, j*width)))
+        kind = self.scale.info.dtype
+        s = np.exp2(raw.astype('f4')-127) if kind=='uint8' else widen(raw, kind, 'f4')
+        return np.broadcast_to(s, (j-i, 1)) if one else s.reshape(j-i, width)
 
     def numbers(self, a, b):
         rows,cols = (self.info.shape if len(self.info.shape)>1 else (1, *self.info.shape))[-2:]
@@ -126,11 +128,10 @@ class _Scaled(_Computed):
         first,last = a//cols,-(-b//cols)
         q = _stored(self.codes, first*cols, last*cols).reshape(-1, cols)
         x = _float8(self.codes.info.dtype)[q] if 'float8' in self.codes.info.dtype else q.astype('f4')
-        grid = self._scales().reshape(-1, -(-cols//n))
-        where = np.arange(first, last)
-        where = where//rows*-(-rows//m)+where % rows//m # Experts lie one after the other
-        wide = np.repeat(grid, n, 1)[:, :cols] if grid.shape[1]>1 else grid
-        x *= wide[where]
+        of = np.arange(first, last)
+        of = of//rows*-(-rows//m)+of % rows//m # Experts lie one after the other
+        grid = self._scales(of[0], of[-1]+1, -(-cols//n))
+        x *= (np.repeat(grid, n, 1)[:, :cols] if grid.shape[1]>1 else grid)[of-of[0]]
         if self.factor is not None: x *= np.float32(self.factor)
         return x.reshape(-1)[a-first*cols:b-first*cols]
 
@@ -150,23 +151,21 @@ class _FourBit(_Computed):
     "nf4 or fp4 codes of bitsandbytes"
     def __init__(self, codes, parts, state):
         super().__init__(codes, parts.values(), state['shape'], state['dtype'])
-        self.parts,self.state,self.found = parts,state,None
+        self.parts,self.state = parts,state
 
-    def _absmax(self):
-        if self.found is None:
-            p,s = self.parts,self.state
-            if 'nested_absmax' not in p: self.found = _fp32(p['absmax'])
-            else:
-                q = _stored(p['absmax'])
-                of = np.arange(q.size)//s['nested_blocksize']
-                self.found = (_fp32(p['nested_quant_map'])[q]*_fp32(p['nested_absmax'])[of]
-                    + np.float32(s['nested_offset']))
-        return self.found
+    def _absmax(self, i, j):
+        "Largest entries of blocks i…j"
+        p,s = self.parts,self.state
+        q = _stored(p['absmax'], i, j)
+        if 'nested_absmax' not in p: return widen(q, p['absmax'].info.dtype, 'f4')
+        n = s['nested_blocksize']
+        outer = _fp32(p['nested_absmax'], i//n, -(-j//n))[np.arange(i, j)//n-i//n]
+        return _fp32(p['nested_quant_map'])[q]*outer+np.float32(s['nested_offset'])
 
     def numbers(self, a, b):
-        q = _stored(self.codes, a//2, -(-b//2))
+        q,n = _stored(self.codes, a//2, -(-b//2)),self.state['blocksize']
         both = np.stack([q>>4, q & 15], 1).reshape(-1)[a % 2:a % 2+b-a]
-        return _fp32(self.parts['quant_map'])[both]*self._absmax()[np.arange(a, b)//self.state['blocksize']]
+        return _fp32(self.parts['quant_map'])[both]*self._absmax(a//n, -(-b//n))[np.arange(a, b)//n-a//n]
 
 _number = lambda o: type(o) in (int, float)
 
