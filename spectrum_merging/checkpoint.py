@@ -155,6 +155,9 @@ def _unpickle(path):
     names = ('lightning.fabric','pytorch_lightning','lightning.pytorch','lightning_fabric')
     data = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath,
         (pathlib.PosixPath, 'pathlib._local.PosixPath'),
+        # numbers that NumPy wrote, such as a metric, under the names of both its versions
+        np.dtype, *{type(np.dtype(o)) for o in 'fdilq?'},
+        *((np._core.multiarray.scalar, f'numpy.{o}.multiarray.scalar') for o in ('core', '_core')),
         *((OrderedDict, f'{o}.utilities.{m}.AttributeDict') for o in names for m in ('data', 'parsing'))]
     with torch.serialization.safe_globals(data):
         try: return torch.load(path, mmap=True, **args)
@@ -293,9 +296,8 @@ class Checkpoint:
         "Open it. Raises `FileNotFoundError`, `TypeError`, `ValueError` (broken, runs code, empty)"
         self.aliases,self.notes = {},[] # Tied tensors: `{name: first name}`; what was decided by a guess
         self.label,self.folder = type(src).__name__,None # For messages; where the config files lie
-        self.dequantised = False # Whether tensors are computed from a quantised file
-        self.constants = frozenset() # Names of float tensors that are no weights, see `names`
-        self.parts = () # Subfolders with weights of their own, as sentence-transformers has
+        # Whether weights are computed from codes; float tensors that are no weights; subfolders with weights
+        self.dequantised,self.constants,self.parts = False,frozenset(),()
         if isinstance(src, Checkpoint): self.__dict__.update(src.__dict__)
         elif _is_module(src):
             self._entries,self.aliases = _hold(src.state_dict())

@@ -1,5 +1,5 @@
 "What a file is: named before work, weights found in wrappers, codes computed or refused, many files at once."
-import json, os, pathlib, pytest, subprocess, sys, torch
+import json, numpy as np, os, pathlib, pytest, subprocess, sys, torch
 from argparse import Namespace
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -122,7 +122,7 @@ def test_hyper_parameters(tmp_path, monkeypatch):
     "Arguments are let in as data; other classes are named"
     mod = lightning()
     for i,o in enumerate(('lightning','lightning.fabric','lightning.fabric.utilities',mod.__name__)): monkeypatch.setitem(sys.modules, o, mod)
-    for i,h in enumerate((Namespace(lr=.1), mod.AttributeDict(lr=.1), pathlib.PosixPath('a/b'), dict(a=Namespace(x=[1, 2])))):
+    for i,h in enumerate((Namespace(lr=np.float64(.1)), mod.AttributeDict(lr=.1), pathlib.PosixPath('a/b'), dict(a=Namespace(x=[1, 2])))):
         torch.save(dict(state_dict=W, hyper_parameters=h), tmp_path/f'{i}.ckpt')
     for o in ('lightning','lightning.fabric','lightning.fabric.utilities',mod.__name__): monkeypatch.delitem(sys.modules, o)
     for i in range(4): assert Checkpoint(tmp_path/f'{i}.ckpt').read('w').equal(W['w'])
