@@ -140,8 +140,9 @@ def placeholders(
 ) -> str: # A sentence without its subject, or None where the weights are whole
     "What speaks against these being the whole of a model's weights"
     empty = [k for k,s in shapes.items() if s==(0,)]
-    # A model may have an empty parameter; a third of them is what ranks leave that keep small ones whole
-    if len(empty)>1 and 3*len(empty)>=len(shapes):
+    hollow = [k for k in empty if k.endswith(('weight','kernel'))]
+    # A model may have an empty parameter. Ranks that keep small ones whole leave one in three, all of them weights
+    if 2*len(empty)>max(2, len(shapes)) or len(hollow)>1 and 4*len(hollow)>len(shapes):
         return (f"{len(empty)} of {len(shapes)} tensors are empty, {empty[0]} of shape (0,): "
             "DeepSpeed ZeRO-3 left places without weights; "
             "python zero_to_fp32.py . OUT in the checkpoint's folder puts the weights together "
