@@ -76,9 +76,9 @@ def _comparable(name, infos, base, role):
     raise ValueError(f"base does not fit: {name} has shape {infos[name].shape}, the base {have}; "
         "pass the checkpoint that the model was fine-tuned from, with the same prefixes")
 
-def _measurable(shape, paper):
+def _measurable(layout, paper):
     "The paper scores whatever has two dimensions, a single row or column too"
-    return len(shape)>1 and 0 not in shape if paper else is_matrix(shape)
+    return len(layout.shape)>1 and 0 not in layout.shape if paper else layout.is_matrix
 
 
 
