@@ -109,7 +109,7 @@ _dbrx = re.compile(r'(.*)experts\.mlp\.(w1|v1|w2)$') # (experts · size, hidden)
 _vector = re.compile(r'(?:^|_)bias(?:es)?(?:_[uv])?$')
 _expert = re.compile(r'(?:^|[._])\w*(?:experts?|moe)(?:[._]|$)', re.I)
 _second = re.compile(r'down|out|fc2|w2|wo(?:[._]|$)|c_proj|o_proj|4h_to_h', re.I) # Layers whose output is the hidden state
-_plain = re.compile(r'linear|fc\d*(?:[._]|$)|proj(?:[._]|$)|lin\d', re.I)
+_plain = re.compile(r'linear|dense|fc_?\d|proj(?:[._]|$)|lin\d|query|key|value', re.I)
 _table = re.compile(r'embed|token|query|position|scale|_log$', re.I)
 _turned = re.compile(r'transpos|deconv|conv_?t(?:r|_?\d+|$|[._])', re.I)
 _up = re.compile(r'up_?conv|up_?sampl|up_?scal|(?:^|[._])ups?(?:[._]|$)|unpool', re.I)
@@ -159,7 +159,7 @@ def _square(shape, bias):
     return flat_layout(shape, why='bias' if bias==(n,) else '')
 
 # %% ../nbs/14_matrices.ipynb #0000000f
-def _is_stack(name, parameter, shape, bias, infos):
+def _is_stack(name, parameter, shape, bias):
     "Whether a three-dimensional tensor is one matrix per expert: sure, not sure or no"
     E,a,b = shape
     if parameter!='weight':
@@ -170,7 +170,7 @@ def _is_stack(name, parameter, shape, bias, infos):
     # a kernel over time is short, or is called a convolution
     return (True if 'linear' in name else False) if b>16 and _plain.search(name) or b>128 else None
 
-def _stack(name, shape, bias, infos, mates, width):
+def _stack(name, shape, bias, mates, width):
     "Layout of a stack of matrices: biases, sizes of the layer before or behind it, the hidden state's width"
     E,a,b = shape
     def said(flipped, sure=True, why='bias'):
@@ -193,7 +193,8 @@ class _Model:
         self.by_owner,self.routers = {},{}
         for k,o in infos.items():
             if len(o.shape)==3: self.by_owner.setdefault(self.place(k), []).append(k)
-            if len(o.shape)==2 and re.search(r'router|gate', k): self.routers.setdefault(o.shape[0], []).append((k, o.shape[1]))
+            if len(o.shape)==2 and re.search(r'router|gate', k):
+                self.routers.setdefault(o.shape[0], []).append((k, o.shape[1]))
         norms = Counter(o.shape[0] for k,o in infos.items() if len(o.shape)==1 and re.search(r'norm|ln_', k, re.I))
         tables = Counter(o.shape[1] for k,o in infos.items() if len(o.shape)==2 and 'embed' in k)
         self.width = next((c.most_common(1)[0][0] for c in (norms, tables) if c), None)
@@ -210,30 +211,33 @@ class _Model:
             o.removeprefix(place)))!=bool(_second.search(k.removeprefix(place)))]
         parent = place.rpartition('.')[0]
         near = [w for name,w in self.routers.get(shape[0], []) if name.startswith(f'{parent}.') or not parent]
-        return _stack(k, shape, bias, self.infos, mates, near[0] if near else self.width)
+        return _stack(k, shape, bias, mates, near[0] if near else self.width)
 
     def dbrx(self, k, m, shape):
         "Experts above one another, as many as the router beside them has rows; None where there is no such router"
-        near = [n for n,found in self.routers.items() for o,w in found if o.startswith(m[1]) and w==shape[1] and shape[0]%n==0]
-        if near: return Layout('stacked', shape, (shape[0]//near[0], shape[1]), near[0], m[2]=='w2', True, 'name')
+        near = [n for n,found in self.routers.items() if shape[0]%n==0
+            and any(o.startswith(m[1]) and w==shape[1] for o,w in found)]
+        size = shape[0]//near[0] if near else 0
+        if near: return Layout('stacked', shape, (size, shape[1]), near[0], m[2]=='w2', True, 'name')
 
-    def first(self, k):
-        "Layout by the tensor's own layer, or None"
-        shape = tuple(self.infos[k].shape)
-        parameter,dims = parameter_of(k, self.infos),len(shape)
-        if dims<2 or 0 in shape or not parameter or _vector.search(parameter): return flat_layout(shape, 'none')
-        bias = _bias(k, parameter, self.infos)
-        for pattern,flipped in _special:
-            if not pattern.search(k): continue
-            if dims==3 and k.endswith('weight'): return Layout('stacked', shape, shape[1:], shape[0], flipped, why='name')
-            return flat_layout(shape, 'transposed' if flipped else 'linear', flipped=flipped, why='name')
-        if dims==2 and (m := _dbrx.match(k)) and (found := self.dbrx(k, m, shape)): return found
-        if dims==2: return _square(shape, bias) if 'weight' in parameter else flat_layout(shape)
-        if dims==3 and (sure := _is_stack(k, parameter, shape, bias, self.infos)) is not None:
-            found = self.stack(k, shape, bias)
-            return replace(found, sure=found.sure and sure)
-        if parameter!='weight': return flat_layout(shape, why='a table')
-        return _conv(k, shape, bias, self.infos)
+# %% ../nbs/14_matrices.ipynb #0000001c
+def _first(model, k):
+    "Layout by the tensor's own layer, or None"
+    shape = tuple(model.infos[k].shape)
+    parameter,dims = parameter_of(k, model.infos),len(shape)
+    if dims<2 or 0 in shape or not parameter or _vector.search(parameter): return flat_layout(shape, 'none')
+    bias = _bias(k, parameter, model.infos)
+    for pattern,flipped in _special:
+        if not pattern.search(k): continue
+        if dims==3 and k.endswith('weight'): return Layout('stacked', shape, shape[1:], shape[0], flipped, why='name')
+        return flat_layout(shape, 'transposed' if flipped else 'linear', flipped=flipped, why='name')
+    if dims==2 and (m := _dbrx.match(k)) and (found := model.dbrx(k, m, shape)): return found
+    if dims==2: return _square(shape, bias) if 'weight' in parameter else flat_layout(shape)
+    if dims==3 and (sure := _is_stack(k, parameter, shape, bias)) is not None:
+        found = model.stack(k, shape, bias)
+        return replace(found, sure=found.sure and sure)
+    if parameter!='weight': return flat_layout(shape, why='a table')
+    return _conv(k, shape, bias, model.infos)
 
 # %% ../nbs/14_matrices.ipynb #00000011
 def _votes(name, known):
@@ -258,7 +262,8 @@ def _resolve(name, shape, known):
     elif flat: turned,sure,why = False,bool(_plain.search(name)) and _last(name)[:2]!='c_','by default'
     else: # layers over time and space that keep their size have odd kernels
         turned,why = _looks_turned(name, shape),'name and shape'
-        sure = not turned and (all(k%2 for k in shape[2:]) and not _up.search(name) or bool(re.search('conv|patch|down', name)))
+        odd = all(k%2 for k in shape[2:])
+        sure = not turned and (odd and not _up.search(name) or bool(re.search('conv|patch|down', name)))
     if not turned: return flat_layout(shape, plain, sure=sure, why=why)
     if flat: return flat_layout(shape, other, flipped=True, sure=sure, why=why)
     return _turned_conv(shape, 1, sure=sure, why=why)
@@ -275,7 +280,7 @@ def layouts(
 ) -> dict: # `{name: Layout}`
     "How each tensor is laid out, from names and shapes"
     model = _Model(infos)
-    first = {k: model.first(k) for k in infos}
+    first = {k: _first(model, k) for k in infos}
     known = {k: o for k,o in first.items() if o is not None}
     res = {k: o or _resolve(k, tuple(infos[k].shape), known) for k,o in first.items()}
     res |= {k: _like_others(k, res) for k,o in res.items() if o.kind=='stacked' and not o.sure}
@@ -288,19 +293,19 @@ def module_layouts(
 ) -> dict: # `{name: Layout}` of weights whose module's class is known
     "How each weight is laid out, from the classes of modules"
     from torch import nn
-    kinds = {(nn.Conv1d, nn.Conv2d, nn.Conv3d): 'conv', (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d): 'transposed conv',
-        (nn.Linear,): 'linear'}
-    names,res = {k: o for k,o in module.named_modules()},{}
-    for k,p in module.named_parameters(remove_duplicate=False):
-        m = names.get('' if '.' not in k else owner_of(k))
-        shape,kind = tuple(p.shape),next((v for c,v in kinds.items() if isinstance(m, c)), None)
-        leaf = parameter_of(k, dict.fromkeys(n for n,_ in module.named_parameters(remove_duplicate=False))) if len(shape)>1 else ''
-        how = dict(why=f'{type(m).__name__}')
-        if type(m).__name__=='Conv1D' and leaf=='weight': res[k] = flat_layout(shape, 'transposed', flipped=True, **how)
-        elif kind=='transposed conv' and leaf=='weight':
-            res[k] = flat_layout(shape, 'conv', **how) if shape[1]==1 else _turned_conv(shape, m.groups, **how)
-        elif kind and leaf=='weight': res[k] = flat_layout(shape, kind, **how)
-        elif hasattr(m, 'is_transposed') and len(shape)==3: res[k] = Layout('stacked', shape, shape[1:], shape[0], m.is_transposed, **how)
+    convs,turned = (nn.Conv1d, nn.Conv2d, nn.Conv3d),(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    params = dict(module.named_parameters(remove_duplicate=False))
+    names,res = dict(module.named_modules()),{}
+    for k,p in params.items():
+        m,shape = names.get(owner_of(k) if '.' in k else ''),tuple(p.shape)
+        why = type(m).__name__
+        if hasattr(m, 'is_transposed') and len(shape)==3:
+            res[k] = Layout('stacked', shape, shape[1:], shape[0], m.is_transposed, why=why)
+        if len(shape)<2 or parameter_of(k, params)!='weight': continue
+        if why=='Conv1D': res[k] = flat_layout(shape, 'transposed', flipped=True, why=why)
+        elif isinstance(m, nn.Linear): res[k] = flat_layout(shape, why=why)
+        elif isinstance(m, turned) and shape[1]>1: res[k] = _turned_conv(shape, m.groups, why=why)
+        elif isinstance(m, convs+turned): res[k] = flat_layout(shape, 'conv', why=why)
     return res
 
 def doubtful(
