@@ -230,6 +230,8 @@ def _first(model, k):
     "Layout by the tensor's own layer, or None"
     shape = tuple(model.infos[k].shape)
     parameter,dims = parameter_of(k, model.infos),len(shape)
+    if dims==2 and _vector.search(parameter) and _expert.search(k): # a vector for each expert
+        return Layout('none', shape, (1, shape[1]), shape[0], why='name')
     if dims<2 or 0 in shape or not parameter or _vector.search(parameter): return flat_layout(shape, 'none')
     bias = _bias(k, parameter, model.infos)
     for pattern,flipped in _special:
@@ -304,13 +306,14 @@ def module_layouts(
     convs = nn.Conv1d,nn.Conv2d,nn.Conv3d
     turned = nn.ConvTranspose1d,nn.ConvTranspose2d,nn.ConvTranspose3d
     params = dict(module.named_parameters(remove_duplicate=False))
+    every = params | dict(module.named_buffers())
     names,res = dict(module.named_modules()),{}
     for k,p in params.items():
         m,shape = names.get(owner_of(k) if '.' in k else ''),tuple(p.shape)
         why = type(m).__name__
         if hasattr(m, 'is_transposed') and len(shape)==3:
             res[k] = Layout('stacked', shape, shape[1:], shape[0], m.is_transposed, why=why)
-        if len(shape)<2 or parameter_of(k, params)!='weight': continue
+        if len(shape)<2 or parameter_of(k, every)!='weight': continue
         if why=='Conv1D': res[k] = flat_layout(shape, 'transposed', flipped=True, why=why)
         elif isinstance(m, nn.Linear): res[k] = flat_layout(shape, why=why)
         elif isinstance(m, turned) and shape[1]>1: res[k] = _turned_conv(shape, m.groups, why=why)

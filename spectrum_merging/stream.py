@@ -9,7 +9,7 @@ __all__ = ['BLOCK', 'PIECE', 'FORK_BLOCK', 'Row', 'plan_rows', 'Output', 'output
            'run_pieces']
 
 # %% ../nbs/55_stream.ipynb #00000003
-import json, numpy as np, os, pickle, select, signal, struct, sys, threading
+import json, numpy as np, os, pickle, select, signal, struct, sys, threading, warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from spectrum_merging.arithmetic import (Scratch, is_finite, number_types, page_aligned, storage,
     weighted_sum, widen)
 from .checkpoint import TensorInfo
-from .matrices import Layout, layouts
+from .matrices import Layout, doubtful, layouts
 from .operations import run_operation
 from .parallel import n_cores
 from .preflight import PreflightError
@@ -128,7 +128,9 @@ def plan_rows(
     laid = {m: layouts(o.infos) for m,o in models.items()} if (plan.table.op!='linear').any() else {}
     if problems := list(_misfits(plan, models, sources, laid)):
         raise PreflightError(problems, 'plan and models do not fit', sep=' ')
-    return [_row(plan, r, models, sources, dtype, laid) for r in plan.table.to_dict('records')]
+    rows = [_row(plan, r, models, sources, dtype, laid) for r in plan.table.to_dict('records')]
+    if guess := doubtful({r.name: r.layout for r in rows if r.layout}): warnings.warn(guess)
+    return rows
 
 # %% ../nbs/55_stream.ipynb #0000000c
 @dataclass(frozen=True)
