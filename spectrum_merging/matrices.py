@@ -11,6 +11,7 @@ __all__ = ['Layout', 'flat_layout', 'owner_of', 'parameter_of', 'layouts', 'modu
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 # %% ../nbs/14_matrices.ipynb #00000007
@@ -192,17 +193,32 @@ def _stack(name, shape, bias, mates, width):
 # %% ../nbs/14_matrices.ipynb #00000010
 class _Model:
     "What names and shapes of all tensors say about one of them"
-    def __init__(self, infos):
-        self.infos = infos
-        self.by_owner,self.routers = {},{}
-        for k,o in infos.items():
-            if len(o.shape)==3: self.by_owner.setdefault(self.place(k), []).append(k)
+    def __init__(self, infos): self.infos = infos
+
+    @cached_property
+    def stacks(self):
+        "`{place: tensors of three axes}`"
+        res = {}
+        for k,o in self.infos.items():
+            if len(o.shape)==3: res.setdefault(self.place(k), []).append(k)
+        return res
+
+    @cached_property
+    def routers(self):
+        "`{rows: [(name, columns)]}`"
+        res = {}
+        for k,o in self.infos.items():
             if len(o.shape)==2 and re.search(r'router|gate', k):
-                self.routers.setdefault(o.shape[0], []).append((k, o.shape[1]))
-        def last(dims, word): return Counter(o.shape[-1] for k,o in infos.items()
+                res.setdefault(o.shape[0], []).append((k, o.shape[1]))
+        return res
+
+    @cached_property
+    def width(self):
+        "Of the hidden state: the usual length of norms, else of embeddings; None without either"
+        def last(dims, word): return Counter(o.shape[-1] for k,o in self.infos.items()
             if len(o.shape)==dims and re.search(word, k, re.I))
         sizes = last(1, 'norm|ln_') or last(2, 'embed')
-        self.width = sizes.most_common(1)[0][0] if sizes else None
+        return sizes.most_common(1)[0][0] if sizes else None
 
     @staticmethod
     def place(k):
@@ -212,7 +228,7 @@ class _Model:
 
     def stack(self, k, shape, bias):
         place = self.place(k)
-        mates = [self.infos[o].shape for o in self.by_owner[place] if o!=k and bool(_second.search(
+        mates = [self.infos[o].shape for o in self.stacks[place] if o!=k and bool(_second.search(
             o.removeprefix(place)))!=bool(_second.search(k.removeprefix(place)))]
         parent = place.rpartition('.')[0]
         near = [w for name,w in self.routers.get(shape[0], []) if name.startswith(f'{parent}.') or not parent]
@@ -234,9 +250,9 @@ def _first(model, k):
         return Layout('none', shape, (1, shape[1]), shape[0], why='name')
     if dims<2 or 0 in shape or not parameter or _vector.search(parameter): return flat_layout(shape, 'none')
     bias = _bias(k, parameter, model.infos)
-    for pattern,flipped in _special:
+    for pattern,flipped in _special if dims==3 else ():
         if not pattern.search(k): continue
-        if dims==3 and k.endswith('weight'):
+        if k.endswith('weight'):
             return Layout('stacked', shape, shape[1:], shape[0], flipped, why='name')
         return flat_layout(shape, 'transposed' if flipped else 'linear', flipped=flipped, why='name')
     if dims==2 and (m := _dbrx.match(k)) and (found := model.dbrx(k, m, shape)): return found
@@ -248,27 +264,29 @@ def _first(model, k):
     return _conv(k, shape, bias, model.infos)
 
 # %% ../nbs/14_matrices.ipynb #00000011
-def _votes(name, known):
-    "Kinds of the nearest known relatives: of the same last name, a name like GPT-2's, the same parent"
-    last,parent = _last(name),owner_of(name).rpartition('.')[0]
-    for like in (lambda k: _last(k)==last, lambda k: last[:2]=='c_' and _last(k)[:2]=='c_',
-            lambda k: parent and owner_of(k).rpartition('.')[0]==parent):
-        if kinds := {o.kind for k,o in known.items() if like(k)}: return kinds
-    return set()
+def _told(found, plain, other):
+    "`{what relatives have in common: their kinds}` by their own bias, norm or name; {} if all are plain"
+    res = {}
+    for k,o in found.items():
+        if o is None or o.kind not in (plain, other) or plain=='linear' and len(o.shape)>2: continue
+        if o.why not in ('bias', 'name', 'norm behind it'): continue
+        last,parent = _last(k),owner_of(k).rpartition('.')[0]
+        for key in (('last', last), ('parent', parent), ('like GPT-2', last[:2]=='c_'), 'all'):
+            res.setdefault(key, set()).add(o.kind)
+    return res if other in res.get('all', ()) else {}
 
-def _resolve(name, shape, known):
+def _resolve(name, shape, told):
     "Layout of a tensor whose own layer leaves a choice, by its relatives"
-    flat = len(shape)==2
+    flat,last,parent = len(shape)==2,_last(name),owner_of(name).rpartition('.')[0]
     plain,other = ('linear', 'transposed') if flat else ('conv', 'transposed conv')
     if not flat and prod(shape[2:])==1: return flat_layout(shape, plain, why='a kernel of one point')
-    known = {k: o for k,o in known.items() if o.kind in (plain, other) and (len(o.shape)==2)==flat
-        and o.why in ('bias', 'name', 'norm behind it')}
-    if all(o.kind==plain for o in known.values()) and (flat or not _looks_turned(name, shape)):
+    if not told and (flat or not _looks_turned(name, shape)):
         return flat_layout(shape, plain, why='no other kind in this model')
-    if flat: kinds = _votes(name, known) or {o.kind for o in known.values()}
-    else: kinds = {o.kind for k,o in known.items() if _last(k)==_last(name)}
+    kinds = told.get(('last', last), set())
+    if flat: kinds = (kinds or last[:2]=='c_' and told.get(('like GPT-2', True))
+        or parent and told.get(('parent', parent)) or told['all'])
     if len(kinds)==1: turned,sure,why = other in kinds,True,'relatives'
-    elif flat: turned,sure,why = False,bool(_plain.search(name)) and _last(name)[:2]!='c_','by default'
+    elif flat: turned,sure,why = False,bool(_plain.search(name)) and last[:2]!='c_','by default'
     else: # layers over time and space that keep their size have odd kernels
         turned,why = _looks_turned(name, shape),'name and shape'
         odd = all(k%2 for k in shape[2:])
@@ -291,8 +309,8 @@ def layouts(
     "How each tensor is laid out, from names and shapes"
     model = _Model(infos)
     first = {k: _first(model, k) for k in infos}
-    known = {k: o for k,o in first.items() if o is not None}
-    res = {k: o or _resolve(k, tuple(infos[k].shape), known) for k,o in first.items()}
+    told = _told(first, 'conv', 'transposed conv'),_told(first, 'linear', 'transposed')
+    res = {k: o or _resolve(k, tuple(infos[k].shape), told[len(infos[k].shape)==2]) for k,o in first.items()}
     res |= {k: _like_others(k, res) for k,o in res.items() if o.kind=='stacked' and not o.sure}
     if module is not None: res |= {k: o for k,o in module_layouts(module).items() if k in res}
     return res
