@@ -387,7 +387,7 @@ def _square(unit):
     "Its square, and what 1 is then: W² too large for fp64 stays in that unit, where constants are 0"
     return (unit*unit, 1.) if unit<1e150 else (1., 0.)
 
-@rule('estimator', name='paper_nlp', paper='text')
+@rule('estimator', name='paper_nlp', paper='text', flat=True)
 def snr_paper_nlp(
     M, # Tensor, array or `Matrix`; 1-D weights score 0
     name:str='W', # What to call it in an error
@@ -405,7 +405,7 @@ def snr_paper_nlp(
     return float(e[hi].sum())/float(below) if below else (inf if hi.any() else 0.)
 
 # %% ../nbs/00_spectrum.ipynb #0000003f
-@rule('estimator', name='paper_vision', paper='images')
+@rule('estimator', name='paper_vision', paper='images', flat=True)
 def snr_paper_vision(
     M, # Tensor, array or `Matrix` with ≥ 2 dimensions
     name:str='W', # What to call it in an error
@@ -421,7 +421,7 @@ def snr_paper_vision(
     return float(e[0])/float(below) if below else inf
 
 # %% ../nbs/00_spectrum.ipynb #00000041
-@rule('estimator', dict(script=Choice(('first','newest'))), name='spectrum')
+@rule('estimator', dict(script=Choice(('first','newest'))), name='spectrum', flat=True)
 def snr_spectrum(
     M, # Tensor, array or `Matrix` with ≥ 2 dimensions
     name:str='W', # What to call it in an error

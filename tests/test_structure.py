@@ -13,7 +13,8 @@ core = [k for k in files if not k.startswith('lab.') and k not in ('bench','cli'
 
 # A room imports only from floors below its own.
 floors = [
-    ['rules','arithmetic','files','parallel','units','align','evaluate','plot'],
+    ['rules','arithmetic','files','parallel','matrices','evaluate','plot'],
+    ['units','align'],
     ['spectrum','checkpoint','strategies','activations','layout'],
     ['edges'],
     ['operations','scan','preflight','repair','match'],
