@@ -1441,6 +1441,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'spectrum_merging/spectrum.py'),
                                            'spectrum_merging.spectrum.rounding_level': ( 'spectrum.html#rounding_level',
                                                                                          'spectrum_merging/spectrum.py'),
+                                           'spectrum_merging.spectrum.snr': ('spectrum.html#snr', 'spectrum_merging/spectrum.py'),
                                            'spectrum_merging.spectrum.snr_paper_nlp': ( 'spectrum.html#snr_paper_nlp',
                                                                                         'spectrum_merging/spectrum.py'),
                                            'spectrum_merging.spectrum.snr_paper_vision': ( 'spectrum.html#snr_paper_vision',

@@ -8,7 +8,7 @@ Docs: nbs/00_spectrum.ipynb"""
 __all__ = ['PIECE', 'Matrix', 'matrix', 'as_matrix', 'gram_eigs', 'mp_edges', 'mp_density', 'mp_cdf', 'mp_median', 'tw_quantile',
            'largest_law', 'noise_edge', 'median_blur', 'bulk_level', 'noise_level', 'spike_strength', 'ks_distance',
            'Spectrum', 'gram', 'square_unit', 'rank_measures', 'centred', 'rounding_level', 'is_bulk', 'spectrum',
-           'snr_paper_nlp', 'snr_paper_vision', 'snr_spectrum']
+           'snr', 'snr_paper_nlp', 'snr_paper_vision', 'snr_spectrum']
 
 # %% ../nbs/00_spectrum.ipynb #00000003
 from dataclasses import dataclass, field
@@ -376,6 +376,13 @@ def spectrum(
     return Spectrum(e*square, m, n, sqrt(var)*unit, edge*square, k, theta, float((theta**2).sum()/m), float(ratio),
         *rank_measures(e), ks, sqrt(e.sum()*n)*unit, is_bulk(ks, r, m), unit=rest)
 
+
+# %% ../nbs/00_spectrum.ipynb #0000f021
+def snr(
+    W, # Tensor, array or `Matrix` with ≥ 2 dimensions
+) -> float: # Σλ above over Σλ below the Marchenko–Pastur edge
+    "Signal-to-noise ratio of a matrix whose noise is independent; `edges.snr` asks any estimator. Raises what `spectrum` raises"
+    return spectrum(W).snr
 
 # %% ../nbs/00_spectrum.ipynb #0000003d
 def _plain_eigs(M):

@@ -36,11 +36,8 @@ class Row:
     same:tuple=() # Models that must hold the same integers
     op:str='linear' # What is done with the sources
     grams:tuple=() # Sources of input moments, one per model, where the operation asks for them
-<<<<<<< HEAD
     part:str='' # Subfolder that it lies in: '2_Dense' of sentence-transformers
-=======
     layout:Layout=None # Of the tensor, where an operation looks at its matrices
->>>>>>> 3b7f6c657dd3e80545083295d716950843606746
 
     @property
     def head(self): return task_of(self.name)
@@ -57,13 +54,9 @@ def _row(plan, row, models, sources, dtype, laid):
     same = tuple(m for m in models if k in models[m]) if row['role']=='buffer' else ()
     moments = row['op']!='linear' and recipe(row['op'], 'matrix').rule.asks('grams')
     grams = [f'grams@{m}' for m in coefs if m!='base'] if moments else ()
-<<<<<<< HEAD
     part = next((p for m in coefs for p in sources[m].parts if k.startswith(p+'/')), '')
-    return Row(row['name'], k, info, coefs, same, row['op'], tuple(grams), part)
-=======
     layout = laid[next(m for m in coefs if m!='base')][k] if row['op']!='linear' else None
-    return Row(row['name'], k, info, coefs, same, row['op'], tuple(grams), layout)
->>>>>>> 3b7f6c657dd3e80545083295d716950843606746
+    return Row(row['name'], k, info, coefs, same, row['op'], tuple(grams), part, layout)
 
 def _misfits(plan, models, sources, laid):
     "`(tensor, problem, remedy)` for all that keeps the plan from running on these models"
