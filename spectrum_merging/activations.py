@@ -13,6 +13,7 @@ import torch, torch.nn.functional as F
 from contextlib import contextmanager
 from dataclasses import dataclass
 from torch import Tensor, nn
+from .matrices import is_conv1d
 from .units import is_head
 
 # %% ../nbs/66_activations.ipynb #00000006
@@ -75,9 +76,9 @@ def running_layers(
     x, # Some inputs, as the model takes them
     wanted, # Tells of a module's name whether it is wanted
 ) -> list: # Of `Layer`
-    "Ungrouped convolutions and linear layers whose names are wanted, as they run. Raises `ValueError`"
+    "Ungrouped convolutions and linear layers (`Conv1D` of `transformers`, too) whose names are wanted, as they run. Raises `ValueError`"
     kinds = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm)
-    mods = {k: m for k,m in model.named_modules() if isinstance(m, kinds)}
+    mods = {k: m for k,m in model.named_modules() if isinstance(m, kinds) or is_conv1d(m)}
     seen = []
     with evaluating(model): run_hooked(model, x[:2], mods, lambda k, i, o: seen.append(k))
     if twice := [k for k in seen if wanted(k) and seen.count(k)>1]:
@@ -108,7 +109,7 @@ def patches(
 ) -> Tensor: # float32
     "Inputs of a layer as rows: (n · positions, in · kh · kw)"
     x = x.float()
-    if isinstance(m, nn.Linear): return x.reshape(-1, x.shape[-1])
+    if isinstance(m, nn.Linear) or is_conv1d(m): return x.reshape(-1, x.shape[-1])
     if isinstance(m.padding, str):
         total = [d*(k-1) if m.padding=='same' else 0 for d,k in zip(m.dilation, m.kernel_size)]
         x = F.pad(x, [total[1]//2, total[1]-total[1]//2, total[0]//2, total[0]-total[0]//2])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from scipy.optimize import linear_sum_assignment
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from .matrices import is_conv1d, weight_of
 
 # %% ../nbs/67_align.ipynb #00000007
 _same = {nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
@@ -148,7 +149,8 @@ def _linear_order(model, x):
     "Linear layers as they run, those left out that run twice"
     seen,handles = [],[]
     for k,m in model.named_modules():
-        if isinstance(m, nn.Linear): handles.append(m.register_forward_hook(lambda m, i, o, k=k: seen.append((k, m))))
+        if isinstance(m, nn.Linear) or is_conv1d(m):
+            handles.append(m.register_forward_hook(lambda m, i, o, k=k: seen.append((k, m))))
     try: model(x)
     finally:
         for h in handles: h.remove()
@@ -171,9 +173,11 @@ def tested_spec(
     want,names,spec = _output(model, x),{id(m): k for k,m in inner.named_modules()},{}
     order = _linear_order(model, x)
     for (_,a),(_,b) in zip(order, order[1:]):
-        if a.out_features!=b.in_features or not {id(a), id(b)} <= set(names): continue
-        perm,ka,kb = torch.arange(a.out_features).roll(1),names[id(a)],names[id(b)]
-        axes = [(f'{ka}.weight', 0), *[(f'{ka}.bias', 0)]*(a.bias is not None), (f'{kb}.weight', 1)]
+        units = len(weight_of(a))
+        if units!=weight_of(b).shape[1] or not {id(a), id(b)} <= set(names): continue
+        perm,ka,kb = torch.arange(units).roll(1),names[id(a)],names[id(b)]
+        ends = int(is_conv1d(a)),int(not is_conv1d(b)) # axis of what comes out, of what goes in
+        axes = [(f'{ka}.weight', ends[0]), *[(f'{ka}.bias', 0)]*(a.bias is not None), (f'{kb}.weight', ends[1])]
         before = {k: inner.state_dict()[k].clone() for k,_ in axes}
         inner.load_state_dict({k: before[k].index_select(n, perm) for k,n in axes}, strict=False)
         # In double precision another order of summation changes 1e-15 of the output, another function far more.

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from torch import nn
 from .activations import evaluating, full_precision, layer_order, listed, patches
 from .activations import run_hooked, running_layers
+from .matrices import is_conv1d, weight_of
 from .units import is_head, split_heads
 
 # %% ../nbs/68_match.ipynb #00000007
@@ -117,7 +118,7 @@ def _rows(z): return z.float().movedim(1, -1).reshape(-1, z.shape[1]) if z.dim()
 
 def _most(m):
     "Rows that a layer is fitted to: twice as many as inputs, so that the moments have full rank"
-    return max(1<<11, 2*m.weight[0].numel())
+    return max(1<<11, 2*weight_of(m).shape[1])
 
 def _halves(x, z, m, most, mask=None):
     "Inputs and targets of a layer for each half of the inputs: some `most` rows at random"
@@ -130,7 +131,7 @@ def _halves(x, z, m, most, mask=None):
             (x[half:][mask[half:]].float(), z[at:].float())]
     else:
         # of patches, which take much memory, only four times as many are made as are then drawn
-        few = max(1, 4*most//(z[0].numel()//len(m.weight)))
+        few = max(1, 4*most//(z[0].numel()//len(weight_of(m))))
         pairs = [(patches(a[:few], m), _rows(b[:few]))
             for a,b in ((x[:half], z[:half]), (x[half:], z[half:]))]
     res = []
@@ -161,14 +162,14 @@ def _check_fit(models, batches, masks, statistics, ridge):
 # %% ../nbs/68_match.ipynb #0000000d
 def _fit(m, bn, X, Z, shared, ridge):
     "Set weight and bias of a layer, scale and shift of its BatchNorm; the statistics per task"
-    W,live = m.weight.flatten(1),_live(X)
+    W,live = weight_of(m),_live(X)
     if not live.all(): X = {t: [x[:,live] for x in o] for t,o in X.items()}
     halves = _moments(X, Z, _centres(X, Z, shared or bn is None,
         bn is not None or m.bias is not None))
     W = _regress(halves, W, live, ridge)
     X,Z = ({t: torch.cat(v) for t,v in o.items()} for o in (X, Z))
     Y = {t: o@W[:,live].T for t,o in X.items()}
-    m.weight.copy_(W.reshape(m.weight.shape))
+    m.weight.copy_(W.T if is_conv1d(m) else W.reshape(m.weight.shape))
     if bn is None:
         if m.bias is not None: m.bias.copy_(sum((Z[t]-Y[t]).mean(0) for t in Y)/len(Y))
         return

@@ -11,6 +11,7 @@ __all__ = ['bn_layers', 'reestimate_bn', 'variance_ratio', 'repair_channels']
 import copy, pandas as pd, torch
 from torch import nn
 from .activations import listed, run_hooked
+from .matrices import is_conv1d
 
 # %% ../nbs/65_repair.ipynb #00000005
 def bn_layers(
@@ -66,7 +67,7 @@ def _points(model, x):
     calls,res = [],{}
     run_hooked(model, x, leaves, lambda k, entered, left: calls.append((k, entered, left)))
     for i,(k,_,y) in enumerate(calls):
-        if not isinstance(leaves[k], (nn.Conv2d, nn.Linear)): continue
+        if not isinstance(leaves[k], (nn.Conv2d, nn.Linear)) and not is_conv1d(leaves[k]): continue
         if k in res:
             raise ValueError(f"{k} runs twice per input: one correction cannot serve both, "
                 "pass a model that runs each layer once")
@@ -76,7 +77,7 @@ def _points(model, x):
     return res
 
 # %% ../nbs/65_repair.ipynb #0000000e
-def _axis(m): return -1 if isinstance(m, nn.Linear) else 1
+def _axis(m): return -1 if isinstance(m, nn.Linear) or is_conv1d(m) else 1
 
 class _Moments:
     "Mean and variance of channels over everything that was added"
@@ -118,7 +119,7 @@ def _all_experts(model, experts, points, batches):
     each = [_measure(o, points, batches) for o in experts]
     modules = dict(model.named_modules())
     for k,p in points.items():
-        sizes = {len(o[k][0]) for o in each} | {len(modules[p].weight)
+        sizes = {len(o[k][0]) for o in each} | {modules[p].weight.shape[-1 if is_conv1d(modules[p]) else 0]
             if getattr(modules[p], 'weight', None) is not None else len(each[0][k][0])}
         if len(sizes)>1:
             raise ValueError(f"{k} has {' and '.join(map(str, sorted(sizes)))} channels: "
@@ -165,7 +166,7 @@ def _fuse(m, scale, shift):
     "Multiply what `m` gives by `scale` and add `shift`, by its weight and bias"
     w = m.weight
     bias = 0 if m.bias is None else m.bias*scale
-    w.mul_(scale.view(-1, *[1]*(w.ndim-1)).to(w.dtype))
+    w.mul_((scale if is_conv1d(m) else scale.view(-1, *[1]*(w.ndim-1))).to(w.dtype))
     m.bias = nn.Parameter((bias+shift).to(w.dtype))
 
 def _chosen(points, layers):

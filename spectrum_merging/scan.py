@@ -9,14 +9,16 @@ __all__ = ['resolve_of', 'scan']
 
 # %% ../nbs/20_scan.ipynb #00000003
 import numpy as np, pandas as pd
+from math import hypot
 from .arithmetic import number_types, storage, widen
 from .checkpoint import Checkpoint
 from .edges import default_estimator, measure
+from .matrices import flat_layout, layouts
 from .names import align
 from .parallel import Bar, map_single_threaded, n_cores
 from .rules import recipe
 from .spectrum import Matrix, matrix
-from .units import find_units, is_matrix
+from .units import find_units
 
 # %% ../nbs/20_scan.ipynb #00000006
 def resolve_of(
@@ -32,27 +34,39 @@ def resolve_of(
             "pass base=, or of='weights'")
     return of
 
-def _part(name, ckpt, label):
-    "A tensor as a `Matrix`: in pieces from its file, or as it lies in memory"
-    info = ckpt.infos[name]
-    if not ckpt.files or not number_types[info.dtype].eps: return matrix(ckpt.read(name), label)
-    kind,rows = np.dtype(storage[info.dtype]),info.shape[0]
-    cols = info.numel//rows
-    def read(i, j):
-        raw = np.empty((j-i, cols), kind)
-        ckpt.read_into(name, raw, i*cols*kind.itemsize)
+def _part(name, ckpt, label, layout, i):
+    "Matrix `i` of a tensor as a `Matrix`: in pieces from its file, or as it lies in memory"
+    info,n = ckpt.infos[name],ckpt.infos[name].numel//layout.count
+    if layout.count>1: label = f'{label}[{i}]'
+    if not ckpt.files or not number_types[info.dtype].eps:
+        return matrix(layout.one(ckpt.read(name).reshape(-1)[i*n:(i+1)*n]), label)
+    kind,(rows,cols) = np.dtype(storage[info.dtype]),layout.block[:2] if len(layout.block)==2 else (1, n)
+    def read(a, b):
+        raw = np.empty((b-a, cols), kind)
+        ckpt.read_into(name, raw, (i*n+a*cols)*kind.itemsize)
         return raw
-    if rows>cols: return Matrix((rows, cols),
-        [(label, lambda i, j, kind: widen(read(i, j), info.dtype, kind).T)], number_types[info.dtype].eps)
-    raw = read(0, rows)
-    return Matrix((rows, cols),
-        [(label, lambda i, j, kind: widen(raw[:,i:j], info.dtype, kind))], number_types[info.dtype].eps)
+    def made(piece): return Matrix(layout.matrix, [(label, piece)], number_types[info.dtype].eps)
+    if len(layout.block)==2 and (rows>cols or layout.flipped and rows==cols):
+        return made(lambda a, b, kind: widen(read(a, b), info.dtype, kind).T)
+    raw = read(0, rows) if len(layout.block)==2 else layout.one(read(0, 1))
+    if len(layout.block)==3 and raw.shape[0]>raw.shape[1]: raw = raw.T
+    return made(lambda a, b, kind: widen(raw[:,a:b], info.dtype, kind))
 
-def _matrix(name, model, base):
+def _matrix(name, model, base, layout, i):
     "What to measure: the weight itself, or in fp64 its difference from the base"
-    W = _part(name, model, name)
+    W = _part(name, model, name, layout, i)
     if base is None: return W
-    return Matrix(W.shape, W.parts+_part(name, base, f'base {name}').parts, number_types['float64'].eps)
+    return Matrix(W.shape, W.parts+_part(name, base, f'base {name}', layout, i).parts, number_types['float64'].eps)
+
+def _pooled(found):
+    "One row for all matrices of a tensor, which are of one size: means, but for the sums that one matrix of them would have"
+    if len(found)==1: return found[0]
+    def pool(k, values):
+        if k=='n_spikes': return sum(values)
+        if k=='norm': return hypot(*values)
+        if isinstance(values[0], (bool, np.bool_)): return all(values)
+        return float(np.mean(values)) if isinstance(values[0], (int, float, np.number)) else values[0]
+    return {k: pool(k, [o[k] for o in found]) for k in found[0]}
 
 # %% ../nbs/20_scan.ipynb #00000008
 def _comparable(name, infos, base, role):
@@ -63,9 +77,9 @@ def _comparable(name, infos, base, role):
     raise ValueError(f"base does not fit: {name} has shape {infos[name].shape}, the base {have}; "
         "pass the checkpoint that the model was fine-tuned from, with the same prefixes")
 
-def _measurable(shape, paper):
+def _measurable(layout, paper):
     "The paper scores whatever has two dimensions, a single row or column too"
-    return len(shape)>1 and 0 not in shape if paper else is_matrix(shape)
+    return len(layout.shape)>1 and 0 not in layout.shape if paper else layout.is_matrix
 
 
 
@@ -79,24 +93,27 @@ def scan(
     heads:list=None, # Prefixes of task heads, which the base may lack; None goes by the usual names
     n_workers:int=None, # Layers measured side by side; by default one per core
     progress:bool=True, # Show a progress bar
-) -> pd.DataFrame: # One row per matrix: name, unit, role, shape, snr, more of `measure`, estimator, of
-    "Measure every matrix of a model. Raises what `Checkpoint`, `measure` and `resolve_of` raise"
+) -> pd.DataFrame: # One row per tensor: name, unit, role, shape, snr, more of `measure`, estimator, of, layout, matrices
+    "Measure every matrix of a model, several of one tensor each by itself. Raises what `Checkpoint`, `measure` and `resolve_of` raise"
     what = recipe(estimator, 'estimator', 'estimator')
     of,model = resolve_of(of, base),Checkpoint(model)
     models,base = align(dict(model=model), Checkpoint(base) if of=='update' else None)
     model = models['model']
     infos,units = model.infos,find_units(model.infos, heads, model.aliases)
+    laid = {k: flat_layout(o.shape) for k,o in infos.items()} if what.rule.flat else layouts(infos)
     names = [k for k,o in infos.items()
-        if o.is_float and _measurable(o.shape, what.rule.paper) and k not in model.aliases and k not in model.constants]
+        if o.is_float and _measurable(laid[k], what.rule.paper) and k not in model.aliases
+        and k not in model.constants]
     if base: names = [k for k in names if _comparable(k, infos, base, units.role[k])]
     if not names: raise ValueError(f"{model.label} holds no matrix to measure")
-    def work(o): return o.numel*min(o.shape[0], o.numel//o.shape[0])
-    jobs = sorted(names, key=lambda k: -work(infos[k]))
-    found = map_single_threaded(
-        lambda k: measure(_matrix(k, model, base), what.text, k), jobs, n_workers or n_cores())
+    jobs = sorted(names, key=lambda k: -infos[k].numel*min(laid[k].matrix))
+    def one(k): return _pooled([measure(_matrix(k, model, base, laid[k], i), what.text, k)
+        for i in range(laid[k].count)])
+    found = map_single_threaded(one, jobs, n_workers or n_cores())
     rows = dict(zip(jobs, Bar(found, total=len(jobs), desc='scan', unit='layer',
         disable=not progress, leave=False)))
     res = pd.DataFrame([dict(name=k, unit=units.unit[k], role=units.role[k], shape=infos[k].shape,
-        **rows[k], estimator=what.text, of=of) for k in names])
+        **rows[k], estimator=what.text, of=of, layout=laid[k].kind+'?'*(not laid[k].sure),
+        matrices=laid[k].count) for k in names])
     res.attrs['notes'] = [*model.notes, *(base.notes if base else ())] # what was decided by a guess
     return res

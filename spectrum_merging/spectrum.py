@@ -8,7 +8,7 @@ Docs: nbs/00_spectrum.ipynb"""
 __all__ = ['PIECE', 'Matrix', 'matrix', 'as_matrix', 'gram_eigs', 'mp_edges', 'mp_density', 'mp_cdf', 'mp_median', 'tw_quantile',
            'largest_law', 'noise_edge', 'median_blur', 'bulk_level', 'noise_level', 'spike_strength', 'ks_distance',
            'Spectrum', 'gram', 'square_unit', 'rank_measures', 'centred', 'rounding_level', 'is_bulk', 'spectrum',
-           'snr_paper_nlp', 'snr_paper_vision', 'snr_spectrum']
+           'snr', 'snr_paper_nlp', 'snr_paper_vision', 'snr_spectrum']
 
 # %% ../nbs/00_spectrum.ipynb #00000003
 from dataclasses import dataclass, field
@@ -377,6 +377,13 @@ def spectrum(
         *rank_measures(e), ks, sqrt(e.sum()*n)*unit, is_bulk(ks, r, m), unit=rest)
 
 
+# %% ../nbs/00_spectrum.ipynb #0000f021
+def snr(
+    W, # Tensor, array or `Matrix` with ≥ 2 dimensions
+) -> float: # Σλ above over Σλ below the Marchenko–Pastur edge
+    "Signal-to-noise ratio of a matrix whose noise is independent; `edges.snr` asks any estimator. Raises what `spectrum` raises"
+    return spectrum(W).snr
+
 # %% ../nbs/00_spectrum.ipynb #0000003d
 def _plain_eigs(M):
     "Squared singular values, descending, without subtracting the mean, in units of a number's square"
@@ -387,7 +394,7 @@ def _square(unit):
     "Its square, and what 1 is then: W² too large for fp64 stays in that unit, where constants are 0"
     return (unit*unit, 1.) if unit<1e150 else (1., 0.)
 
-@rule('estimator', name='paper_nlp', paper='text')
+@rule('estimator', name='paper_nlp', paper='text', flat=True)
 def snr_paper_nlp(
     M, # Tensor, array or `Matrix`; 1-D weights score 0
     name:str='W', # What to call it in an error
@@ -405,7 +412,7 @@ def snr_paper_nlp(
     return float(e[hi].sum())/float(below) if below else (inf if hi.any() else 0.)
 
 # %% ../nbs/00_spectrum.ipynb #0000003f
-@rule('estimator', name='paper_vision', paper='images')
+@rule('estimator', name='paper_vision', paper='images', flat=True)
 def snr_paper_vision(
     M, # Tensor, array or `Matrix` with ≥ 2 dimensions
     name:str='W', # What to call it in an error
@@ -421,7 +428,7 @@ def snr_paper_vision(
     return float(e[0])/float(below) if below else inf
 
 # %% ../nbs/00_spectrum.ipynb #00000041
-@rule('estimator', dict(script=Choice(('first','newest'))), name='spectrum')
+@rule('estimator', dict(script=Choice(('first','newest'))), name='spectrum', flat=True)
 def snr_spectrum(
     M, # Tensor, array or `Matrix` with ≥ 2 dimensions
     name:str='W', # What to call it in an error

@@ -9,7 +9,7 @@ __all__ = ['BLOCK', 'PIECE', 'FORK_BLOCK', 'Row', 'plan_rows', 'Output', 'output
            'run_pieces']
 
 # %% ../nbs/55_stream.ipynb #00000003
-import json, numpy as np, os, pickle, select, signal, struct, sys, threading
+import json, numpy as np, os, pickle, select, signal, struct, sys, threading, warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from spectrum_merging.arithmetic import (Scratch, is_finite, number_types, page_aligned, storage,
     weighted_sum, widen)
 from .checkpoint import TensorInfo
+from .matrices import Layout, doubtful, layouts
 from .operations import run_operation
 from .parallel import n_cores
 from .preflight import PreflightError
@@ -36,6 +37,7 @@ class Row:
     op:str='linear' # What is done with the sources
     grams:tuple=() # Sources of input moments, one per model, where the operation asks for them
     part:str='' # Subfolder that it lies in: '2_Dense' of sentence-transformers
+    layout:Layout=None # Of the tensor, where an operation looks at its matrices
 
     @property
     def head(self): return task_of(self.name)
@@ -43,7 +45,7 @@ class Row:
     def stored(self): return self.key[len(self.part)+1:] if self.part else self.key # its name in the file
 
 # %% ../nbs/55_stream.ipynb #00000008
-def _row(plan, row, models, sources, dtype):
+def _row(plan, row, models, sources, dtype, laid):
     "`Row` for a row of the plan's table"
     k = tensor_name(row['name'])
     coefs = {m: c for m,c in plan.coefs(row).items() if c}
@@ -53,9 +55,10 @@ def _row(plan, row, models, sources, dtype):
     moments = row['op']!='linear' and recipe(row['op'], 'matrix').rule.asks('grams')
     grams = [f'grams@{m}' for m in coefs if m!='base'] if moments else ()
     part = next((p for m in coefs for p in sources[m].parts if k.startswith(p+'/')), '')
-    return Row(row['name'], k, info, coefs, same, row['op'], tuple(grams), part)
+    layout = laid[next(m for m in coefs if m!='base')][k] if row['op']!='linear' else None
+    return Row(row['name'], k, info, coefs, same, row['op'], tuple(grams), part, layout)
 
-def _misfits(plan, models, sources):
+def _misfits(plan, models, sources, laid):
     "`(tensor, problem, remedy)` for all that keeps the plan from running on these models"
     remake = "make the plan for these models, or give the models that it was made for"
     tied = {k: v for o in models.values() for k,v in o.aliases.items()}
@@ -67,7 +70,7 @@ def _misfits(plan, models, sources):
         infos = {m: sources[m].infos[k] for m in dict.fromkeys(used + shown) if k in sources[m]}
         mixed = (row['op']!='linear' or len(used)>1
             or any(plan.coefs(row)[m]!=1 for m in used))
-        if row['op']!='linear': yield from _op_misfits(row, k, used, sources)
+        if row['op']!='linear': yield from _op_misfits(row, k, used, sources, laid)
         if lost: yield k,f"is not in {', '.join(lost)}",remake
         elif not used: yield k,'has coefficients 0 only','give it a coefficient'
         elif len({o.shape for o in infos.values()})>1:
@@ -83,7 +86,7 @@ def _misfits(plan, models, sources):
                 yield k,f"of {m} is not in the plan",remake
 
 # %% ../nbs/55_stream.ipynb #00000009
-def _op_misfits(row, k, used, sources):
+def _op_misfits(row, k, used, sources, laid):
     "What keeps an operation from running on a tensor"
     r = recipe(row['op'], 'matrix').rule
     if set(used)<={'base'}: yield k,f"gets {r.name} of no model",'give models a coefficient'
@@ -97,13 +100,13 @@ def _op_misfits(row, k, used, sources):
     if not r.asks('grams'): return
     for m in used:
         if m=='base' or k not in sources[m]: continue
-        shape = sources[m].infos[k].shape
-        n = int(np.prod(shape[1:] if len(shape)>1 else shape))
-        have = sources.get(f'grams@{m}')
+        layout,have = laid[m][k],sources.get(f'grams@{m}')
+        n,several = layout.matrix[1],layout.count>1
         found = have.infos[k].shape if have is not None and k in have else None
-        if found!=(n, n):
-            yield (k,f"needs moments of {n} inputs of {m}, found {found or 'none'}",
-                "measure them with input_grams and pass grams={model: …}")
+        if found!=(layout.count,)*several+(n, n):
+            yield (k,f"needs moments of {n} inputs of {f'each of {layout.count} matrices of '*several}{m}, "
+                f"found {found or 'none'}", "measure them with input_grams and pass grams={model: …}" if not
+                several else f"pass ({layout.count}, {n}, {n}) as grams, or give it another operation in plan.table.op")
 
 def plan_rows(
     plan, # `Plan`
@@ -126,9 +129,12 @@ def plan_rows(
         f'grams@{m}': o for m,o in (grams or {}).items()}
     if odd := [m for m in grams or {} if m not in models]:
         raise ValueError(f"grams are given for {odd[0]!r}, the models are {', '.join(models)}")
-    if problems := list(_misfits(plan, models, sources)):
+    laid = {m: layouts(o.infos) for m,o in models.items()} if (plan.table.op!='linear').any() else {}
+    if problems := list(_misfits(plan, models, sources, laid)):
         raise PreflightError(problems, 'plan and models do not fit', sep=' ')
-    return [_row(plan, r, models, sources, dtype) for r in plan.table.to_dict('records')]
+    rows = [_row(plan, r, models, sources, dtype, laid) for r in plan.table.to_dict('records')]
+    if guess := doubtful({r.name: r.layout for r in rows if r.layout}): warnings.warn(guess)
+    return rows
 
 # %% ../nbs/55_stream.ipynb #0000000c
 @dataclass(frozen=True)
@@ -186,7 +192,7 @@ FORK_BLOCK = 1<<18 # Numbers in a block where each worker is a process
 
 @dataclass(frozen=True)
 class Piece:
-    "A part of a row; all of it where the row is an operation on the whole tensor"
+    "A part of a row; a whole matrix where the row is an operation on whole matrices"
     row:Row
     start:int # First number
     stop:int # One past the last
@@ -195,8 +201,12 @@ class Piece:
 def pieces(
     rows:list, # Of `Row`
 ) -> list: # Of `Piece`, empty tensors left out
-    "Pieces of at most `PIECE` numbers"
-    def size(r): return PIECE if r.op=='linear' else max(1, r.info.numel)
+    "Pieces of at most `PIECE` numbers, or of one matrix"
+    def size(r):
+        if r.op=='linear': return PIECE
+        one = TensorInfo((max(1, r.info.numel//r.layout.count),), r.info.dtype)
+        # checksums of pieces add up where pieces end at whole words
+        return one.numel if one.nbytes%8==0 else r.info.numel
     return [Piece(r, i, min(i+size(r), r.info.numel)) for r in rows
         for i in range(0, r.info.numel, size(r))]
 
@@ -213,11 +223,11 @@ class _Local(threading.local):
         return raw
 
 # %% ../nbs/55_stream.ipynb #00000013
-def _values(source, key):
-    "Whole tensor as NumPy numbers, for an error message"
+def _values(source, key, start=0, n=None):
+    "Some numbers of a tensor, or all of them, in fp64"
     info = source.infos[key]
-    raw = np.empty(info.numel, storage[info.dtype])
-    source.read_into(key, raw)
+    raw = np.empty(info.numel if n is None else n, storage[info.dtype])
+    source.read_into(key, raw, start*raw.itemsize)
     return widen(raw, info.dtype)
 
 def _why(row, sources):
@@ -261,19 +271,26 @@ def word_sum(
     return int(flat.view('<u8').sum(dtype='u8'))
 
 # %% ../nbs/55_stream.ipynb #00000014
-def _whole(row, sources):
-    "Stored numbers of the result of an operation on a whole tensor"
-    models = [m for m in row.coefs if m!='base']
-    ws,grams = ([_values(sources[m], row.key).reshape(sources[m].infos[row.key].shape) for m in o]
-        for o in (models, row.grams))
-    base = _values(sources['base'], row.key).reshape(ws[0].shape) if 'base' in row.coefs else None
+def _matrix(row, i, sources):
+    "Numbers of matrix `i` of the result of an operation, as they are stored, in fp64"
+    layout,models = row.layout,[m for m in row.coefs if m!='base']
+    size,inn = row.info.numel//layout.count,layout.matrix[1]
+    def read(m): return layout.one(_values(sources[m], row.key, i*size, size))
+    ws,base = [read(m) for m in models],read('base') if 'base' in row.coefs else None
+    grams = [_values(sources[m], row.key, i*inn*inn, inn*inn).reshape(inn, inn) for m in row.grams]
     if not all(np.isfinite(o).all() for o in (*ws, *grams, *([] if base is None else [base]))):
         raise _why(row, sources)
     try: res = run_operation(recipe(row.op, 'matrix'), ws, base, [row.coefs[m] for m in models],
         grams or None)
     except ValueError as e: raise ValueError(f"{row.name} cannot get {row.op}: {e}") from e
-    raw,ok = weighted_sum([np.ascontiguousarray(res).reshape(-1)], ['float64'], [1.],
-        row.info.dtype, Scratch(max(1, res.size)))
+    return layout.flat(res)
+
+def _whole(piece, sources):
+    "Stored numbers of the result of an operation on whole matrices"
+    row,size = piece.row,piece.row.info.numel//piece.row.layout.count
+    found = [_matrix(row, i, sources) for i in range(piece.start//size, piece.stop//size)]
+    res = np.ascontiguousarray(found[0] if len(found)==1 else np.concatenate(found))
+    raw,ok = weighted_sum([res], ['float64'], [1.], row.info.dtype, Scratch(max(1, res.size)))
     if not ok: raise _why(row, sources)
     return raw
 
@@ -281,8 +298,8 @@ def _run_piece(piece, sources, write, local):
     "Sum and write a piece; its checksum"
     total,size = 0,np.dtype(storage[piece.row.info.dtype]).itemsize
     if piece.row.op!='linear':
-        res = _whole(piece.row, sources)
-        write(piece.row, 0, res)
+        res = _whole(piece, sources)
+        write(piece.row, piece.start*size, res)
         return word_sum(res)
     for start in range(piece.start, piece.stop, local.block):
         res = _block(piece, start, min(local.block, piece.stop-start), sources, local)

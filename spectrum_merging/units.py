@@ -9,6 +9,7 @@ __all__ = ['is_matrix', 'is_head', 'by_depth', 'head_name', 'tensor_name', 'task
 
 # %% ../nbs/15_units.ipynb #00000003
 import pandas as pd, re
+from .matrices import layouts, owner_of
 
 # %% ../nbs/15_units.ipynb #00000007
 def is_matrix(
@@ -102,8 +103,8 @@ def find_units(
     aliases:dict=None, # Tied tensors, `{name: first name}`
 ) -> pd.DataFrame: # Indexed by tensor name: unit, role
     "Unit and role of every tensor, from names and shapes alone"
-    owners = {k: k.rpartition('.')[0] or k for k in infos}
-    matrices = {owners[k]: None for k,o in infos.items() if o.is_float and is_matrix(o.shape)}
+    owners,laid = {k: owner_of(k) for k in infos},layouts(infos)
+    matrices = {owners[k]: None for k,o in infos.items() if o.is_float and laid[k].is_matrix}
     tables = {owners[k] for k,o in infos.items() if _is_table(k, o.shape)}
     free = [k for k in matrices if k not in tables]
     unit = {o: o if o in matrices else _partner(o, free) for o in dict.fromkeys(owners.values())}
@@ -111,7 +112,7 @@ def find_units(
         if is_head(k, heads): return 'head'
         if _stat.search(k): return 'stat'
         if not info.is_float: return 'buffer'
-        if is_matrix(info.shape): return 'embedding' if _is_table(k, info.shape) else 'matrix'
+        if laid[k].is_matrix: return 'embedding' if _is_table(k, info.shape) else 'matrix'
         return 'bias' if owners[k] in matrices else 'norm' if '.' in k else 'other'
     rows = {k: (unit[owners[(aliases or {}).get(k, k)]], role(k, o)) for k,o in infos.items()}
     return pd.DataFrame.from_dict(rows, orient='index', columns=['unit','role']).rename_axis('name')
