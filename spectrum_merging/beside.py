@@ -12,7 +12,7 @@ import json, os, re, shutil
 from pathlib import Path
 from .checkpoint import Checkpoint
 from .files import write_json
-from .heads import model_config
+from .formats import read_config
 
 # %% ../nbs/39_beside.ipynb #00000006
 _weights = re.compile(r'\.(safetensors|bin|pt|pth|ckpt|h5|hdf5|msgpack|gguf|ggml|onnx|onnx_data|ot|tflite|pkl|pickle|'
@@ -52,7 +52,7 @@ def files_beside(
 # %% ../nbs/39_beside.ipynb #00000009
 _silent = re.compile(r'(_.*|transformers_version|(torch_)?dtype|architectures|id2label|label2id|num_labels|problem_type|'
     r'finetuning_task|tie_word_embeddings|tie_.*|auto_map|quantization_config|vocab_size|model_type|task_specific_params|torchscript|'
-    r'name_or_path|adapters|id2.*|.*2id)(\.|$)')
+    r'name_or_path|adapters|id2.*|.*2id|num_classes|label_names|label_descriptions|pretrained_cfg)(\.|$)')
 _harmless = re.compile(r'(^|.*\.)(.*drop.*|use_cache|.*(initializer|init_).*|init_std|gradient_checkpointing|output_.*|return_dict.*|'
     r'(pad|bos|eos|sep|cls|mask|unk|decoder_start|forced_bos|forced_eos|image|video|audio)_token_(id|index)|max_length|min_length|'
     r'num_beams|do_sample|temperature|top_k|top_p|repetition_penalty|max_position_embeddings|n_positions|max_seq_len(gth)?|'
@@ -90,7 +90,7 @@ def config_conflicts(
     files_from:str=None, # Whose configuration counts; without it, a contradiction is a problem
 ) -> tuple: # `(field, problem, remedy)` of each contradiction, and sentences about what was decided
     "What in the configurations contradicts each other. Raises `ValueError` (a damaged file)"
-    found = {m: c for m,o in (models | ({'base': base} if base else {})).items() if (c := model_config(o))}
+    found = {m: c for m,o in (models | ({'base': base} if base else {})).items() if (c := read_config(o.folder))}
     if len(found)<2: return [],[]
     first = files_from if files_from in found else next(iter(found))
     problems,noted = [],{}
@@ -99,7 +99,8 @@ def config_conflicts(
         if m==first or c.get('model_type')!=found[first].get('model_type'): continue
         for k,(x,y) in _differences(found[first], c).items():
             text = f'{k} is {x} in {first}, {y} in {m}'
-            if _harmless.match(k) or 'absent' in (x, y) or files_from: noted[k] = text
+            # what no class of networks stands behind says nothing that is known here
+            if _harmless.match(k) or 'absent' in (x, y) or files_from or 'model_type' not in c: noted[k] = text
             else: problems.append((k, f'is {x} in {first}, {y} in {m}: the same weights would compute something else',
                 'merge models of one configuration, or say whose counts with files_from (--files-from NAME)'))
     return problems,[f'configurations differ, that of {first} is taken: {"; ".join(noted.values())}'] if noted else []

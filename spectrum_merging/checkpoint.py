@@ -249,22 +249,49 @@ def _open_folder(d):
 def _download(src):
     "Folder of the hub repository `src`, 'org/name' or 'org/name@revision'"
     from huggingface_hub import snapshot_download
-    wanted = ['*.safetensors', '*.json', '*.txt', '*.model', '*.jinja', '*.py']
+    # the same weights in other forms; everything else belongs to the model
+    other = ['*.h5', '*.msgpack', '*.onnx*', '*.gguf', '*.ot', '*.tflite', '*.ckpt*', '*.pt', '*.pth', 'original/*', 'onnx/*', 'openvino/*']
     repo,_,revision = src.partition('@')
-    def get(patterns):
+    def get(*more):
         pin = dict(revision=revision) if revision else {}
-        return Path(snapshot_download(repo, allow_patterns=patterns, **pin))
+        return Path(snapshot_download(repo, ignore_patterns=[*other, *more], **pin))
     try:
-        folder = get(wanted)
-        return folder if any(folder.glob('*.safetensors')) else get(wanted+['*.bin'])
+        folder = get('*.bin')
+        return folder if any(folder.rglob('*.safetensors')) else get()
     except (OSError, ValueError) as e:
         raise FileNotFoundError(f"{src} is neither a path here "
             f"nor a hub id that can be reached now ({e})") from e
 
+# %% ../nbs/10_checkpoint.ipynb #0000f031
+def _parts(d):
+    "Subfolders with weights that `modules.json` of sentence-transformers names, '' for the folder itself"
+    try: told = json.loads((d/'modules.json').read_text(encoding='utf-8')) if (d/'modules.json').is_file() else []
+    except (ValueError, RecursionError) as e: raise ValueError(f"{d}/modules.json is no JSON ({e}): download it again") from e
+    if not isinstance(told, list) or not all(isinstance(o, dict) and isinstance(o.get('path'), str) for o in told):
+        raise ValueError(f"{d}/modules.json does not list modules with their paths: download it again")
+    paths = [o['path'].rstrip('/') for o in told]
+    if bad := [o for o in paths if o!=Path(o).name and o or o in ('.', '..')]:
+        raise ValueError(f"{d}/modules.json names {bad[0]!r}, which is no folder beside it")
+    def weights(o): return any(any((d/o).glob(f'*{k}')) for k in ('.safetensors', '.bin'))
+    return [o for o in paths if not o or weights(o)] or ['']
+
+def _parts_of(src, folder): return () if Path(src).expanduser().is_file() else tuple(filter(None, _parts(folder)))
+
+def _open_model(d):
+    "Entries, ties and notes of a folder, with those of its subfolders as `folder/name`"
+    entries,ties,notes = {},{},[]
+    for o in _parts(d):
+        found,tied,said = _open_folder(d/o)
+        at = f'{o}/' if o else ''
+        entries |= {at+k: v for k,v in found.items()}
+        ties |= {at+k: at+v for k,v in tied.items()}
+        notes += said
+    return entries,ties,notes
+
 def _open_path(src):
     "Entries, ties, notes and folder of a file, a folder or a hub id"
     p = Path(src).expanduser()
-    if p.is_dir(): return *_open_folder(p),p
+    if p.is_dir(): return *_open_model(p),p
     if p.is_file():
         if p.name.endswith('.index.json'): return *_open_shards(p),p.parent
         if p.suffix not in ('.safetensors', *_pickled):
@@ -275,7 +302,7 @@ def _open_path(src):
         raise FileNotFoundError(f"{src} does not exist: pass a .safetensors file, "
             "a folder that holds one, or a hub id like 'org/name'")
     folder = _download(str(src))
-    return *_open_folder(folder),folder
+    return *_open_model(folder),folder
 
 def _is_module(src): return (t := sys.modules.get('torch')) and isinstance(src, t.nn.Module)
 
@@ -296,8 +323,8 @@ class Checkpoint:
         "Open it. Raises `FileNotFoundError`, `TypeError`, `ValueError` (broken, runs code, empty)"
         self.aliases,self.notes = {},[] # Tied tensors: `{name: first name}`; what was decided by a guess
         self.label,self.folder = type(src).__name__,None # For messages; where the config files lie
-        # Whether weights are computed from codes; float tensors that are no weights; subfolders with weights
-        self.dequantised,self.constants,self.parts = False,frozenset(),()
+        self.dequantised,self.constants = False,frozenset() # Whether computed from codes; what is no weight
+        self.parts = () # Subfolders with weights
         if isinstance(src, Checkpoint): self.__dict__.update(src.__dict__)
         elif _is_module(src):
             self._entries,self.aliases = _hold(src.state_dict())
@@ -306,6 +333,7 @@ class Checkpoint:
         elif isinstance(src, (str, Path)):
             self.label = str(src)
             self._entries,self.aliases,self.notes,self.folder = _open_path(src)
+            self.parts = _parts_of(src, self.folder)
         else:
             raise TypeError(f"cannot open a {type(src).__name__} as a model: "
                 "pass a module, a state dict, a path or a hub id")

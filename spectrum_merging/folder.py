@@ -17,7 +17,8 @@ from . import __version__
 from .beside import copy_beside, files_beside
 from .checkpoint import content_sha256
 from .files import known_sha256, sha256, write_json
-from .heads import class_name, model_config
+from .formats import read_config
+from .heads import class_name
 from .journal import Partial
 from .parallel import Bar, n_cores
 from .plan import mixture
@@ -120,6 +121,7 @@ def _write_heads(data, files, models, dtype, fields):
         write_json(data/'heads'/task/'model.safetensors.index.json',
             _index(body | {f'../{task}.safetensors': o.rows}))
 
+# %% ../nbs/57_folder.ipynb #0000f032
 def leading_head(
     plan, # `Plan`
     models:dict, # `{name: Checkpoint}`
@@ -127,7 +129,7 @@ def leading_head(
 ) -> str: # Its name where the folder itself is opened with its head; None where it has none or no configuration
     "Whose head the folder itself loads with: a configuration without its head would be filled up at random"
     tasks = head_tasks(plan.table.name)
-    return files_from if files_from in tasks and model_config(models[files_from]) else None
+    return files_from if files_from in tasks and read_config(models[files_from].folder) else None
 
 def _main_dtype(files):
     "Type of most numbers that were written"
@@ -143,12 +145,13 @@ def ways_to_load(
 ) -> list: # Of sentences
     "How each task of a merge is opened, for people"
     tasks,lead = head_tasks(plan.table.name),leading_head(plan, models, files_from)
-    kinds = {m: class_name(o) for m,o in models.items() if o.folder and model_config(o)}
+    kinds = {m: class_name(o) for m,o in models.items() if read_config(o.folder)}
     def opened(m, at): return f"{kinds[m]}.from_pretrained('{at}')" if kinds.get(m) else f"AutoModel.from_pretrained('{at}')"
     if not tasks: return [f'load it: {opened(files_from, out)}'] if files_from in kinds else [f"load it: load_task('{out}')"]
     return [f"load {t}: {opened(t, f'{out}/heads/{t}' if t!=lead else out)}, or load_model('{out}', '{t}')" if t in kinds
         else f"load {t}: load_task('{out}', '{t}')" for t in tasks]
 
+# %% ../nbs/57_folder.ipynb #0000f033
 def card(
     plan, # `Plan`
     sources:dict, # `{name: Checkpoint}`
@@ -259,7 +262,7 @@ def write_folder(
     shard_size:int=5_000_000_000, # Largest number of bytes of a file of the body
     files_from:str=None, # Model whose configuration and tokenizer are taken; the first by default
     results:str='', # Markdown for the model card
-    notes:tuple=(), # Sentences for the model card about what was decided by a guess
+    notes:tuple=(), # Sentences about guesses, for the model card
     n_workers:int=None, # Threads; by default two per core
     progress:bool=False, # Show a progress bar
     **settings, # What else determines the result, for the manifest

@@ -116,7 +116,8 @@ _second = re.compile(r'down|out|fc2|w2|wo(?:[._]|$)|c_proj|o_proj|4h_to_h', re.I
 _plain = re.compile(r'linear|dense|fc_?\d|proj(?:[._]|$)|lin\d|query|key|value', re.I)
 _table = re.compile(r'embed|token|query|position|scale|_log$', re.I)
 _turned = re.compile(r'transpos|deconv|conv_?t(?:r|_?\d+|$|[._])', re.I)
-_up = re.compile(r'up_?conv|up_?sampl|up_?scal|(?:^|[._])ups?(?:[._]|$)|unpool', re.I)
+_down = re.compile(r'conv|patch|down|reduc|stem|(?:^|\.)sr\.', re.I)
+_up = re.compile(r'up_?conv|up_?sampl|up_?scal|resize|(?:^|[._])ups?(?:[._]|$)|unpool', re.I)
 
 def _last(name):
     "The last part of a layer's name that is no number: 'convs1' of `convs1.0.weight`"
@@ -280,8 +281,7 @@ def _resolve(name, shape, told):
     flat,last,parent = len(shape)==2,_last(name),owner_of(name).rpartition('.')[0]
     plain,other = ('linear', 'transposed') if flat else ('conv', 'transposed conv')
     if not flat and prod(shape[2:])==1: return flat_layout(shape, plain, why='a kernel of one point')
-    if not told and (flat or not _looks_turned(name, shape)):
-        return flat_layout(shape, plain, why='no other kind in this model')
+    if flat and not told: return flat_layout(shape, why='no other kind in this model')
     kinds = told.get(('last', last), set())
     if flat: kinds = (kinds or last[:2]=='c_' and told.get(('like GPT-2', True))
         or parent and told.get(('parent', parent)) or told['all'])
@@ -289,8 +289,8 @@ def _resolve(name, shape, told):
     elif flat: turned,sure,why = False,bool(_plain.search(name)) and last[:2]!='c_','by default'
     else: # layers over time and space that keep their size have odd kernels
         turned,why = _looks_turned(name, shape),'name and shape'
-        odd = all(k%2 for k in shape[2:])
-        sure = not turned and (odd and not _up.search(name) or bool(re.search('conv|patch|down', name)))
+        usual = all(k%2 for k in shape[2:]) or shape[0]!=shape[1] and not told
+        sure = not turned and (usual and not _up.search(name) or bool(_down.search(name)))
     if not turned: return flat_layout(shape, plain, sure=sure, why=why)
     if flat: return flat_layout(shape, other, flipped=True, sure=sure, why=why)
     return _turned_conv(shape, 1, sure=sure, why=why)

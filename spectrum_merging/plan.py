@@ -16,8 +16,8 @@ from io import StringIO
 from pathlib import Path
 from . import __version__, operations # whose rules add themselves
 from .files import atomic, free_file
-from .heads import head_notes, task_heads
-from .preflight import name_models, opened_notes, preflight, row_columns, slips
+from .heads import task_heads
+from .preflight import guesses, name_models, preflight, row_columns
 from .rules import Recipe, recipe, rules
 from .edges import default_estimator
 from .strategies import check_cut, cut_value
@@ -216,7 +216,7 @@ def _kept(row, models, pooled):
     if row['role']=='head' and pooled:
         return [row | {'base': 0.} | {m: 1/len(models) for m in models} | dict(reason='heads of one task are averaged')]
     if row['role']!='head':
-        return [row | only(models[0]) | dict(reason='the same integers in every model')]
+        return [row | only(models[0]) | dict(reason='the same in every model')]
     return [row | only(m) | dict(name=head_name(row['name'], m), reason='head kept per task') for m in models]
 
 def _decided(said, key):
@@ -358,11 +358,10 @@ def make_plan(
             paper=paper)
     leader = {k: first.aliases.get(k, k) for k in units.index} if paper else None
     table = plan_table(units, first.infos, names, what, said, scale, leader, bool(found and found.pooled))
-    notes = [*opened_notes(models, base), *head_notes(found, units, names), *slips(models, base)]
     if unfit: table = table.assign(unfit=[', '.join(m for m in unfit if k in unfit[m]) for k in table.name])
     return Plan(table, dict(models=names, strategy=what.text, protocol=protocol, version=__version__)
         | ({'unfit': {m: len(o) for m,o in unfit.items()}} if unfit else {})
-        | ({'notes': notes} if notes else {}) | _note(what, scale, estimator, of, threshold, top, said and said.cut))
+        | dict(notes=guesses(models, base, found, units)) | _note(what, scale, estimator, of, threshold, top, said and said.cut))
 
 # %% ../nbs/40_plan.ipynb #0000f022
 update_plan = make_plan # Where the strategy is an operation on updates

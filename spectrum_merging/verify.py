@@ -73,7 +73,7 @@ def _differing(rows, sources, opened, n_workers):
     bad = set()
     def compare(row, start, raw):
         buf = np.empty(raw.nbytes, 'u1')
-        opened[row.name].read_into(row.key, buf, start)
+        opened[row.name].read_into(row.stored, buf, start)
         if not np.array_equal(buf, raw.view('u1')): bad.add(row.name)
     run_pieces(pieces(rows), sources, compare, n_workers)
     return bad

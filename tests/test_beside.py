@@ -132,3 +132,57 @@ def test_paths_with_an_equals_sign(tmp_path):
     assert not run('lr=1e-4', 'lr=1e-5', '--out', 'o1').returncode
     p = run('my-mood=lr=1e-4', 'the.topic=./lr=1e-5', '--out', 'o2')
     assert not p.returncode and (tmp_path/'o2'/'heads'/'the.topic').is_dir(), p.stderr
+
+def sentences(d, seed):
+    "A sentence-transformers model with weights in a subfolder"
+    st = pytest.importorskip('sentence_transformers')
+    from transformers import BertTokenizerFast
+    torch.manual_seed(seed)
+    bert(d/'bert', seed, t.BertModel)
+    (d/'bert'/'vocab.txt').write_text('\n'.join(['[PAD]','[UNK]','[CLS]','[SEP]','[MASK]',*(f'w{i}' for i in range(55))])+'\n')
+    BertTokenizerFast(str(d/'bert'/'vocab.txt')).save_pretrained(d/'bert')
+    from sentence_transformers.sentence_transformer import modules
+    word = modules.Transformer(str(d/'bert'))
+    dense = modules.Dense(32, 8)
+    m = st.SentenceTransformer(modules=[word, modules.Pooling(32), dense], device='cpu')
+    m.save(str(d/'st'))
+    return m
+
+def test_sentence_transformers(tmp_path):
+    "Every module is merged, the result opens with the library, and its Dense layer is the average"
+    ms = {k: sentences(tmp_path/k, i) for i,k in enumerate('ab')}
+    paths = [tmp_path/k/'st' for k in 'ab']
+    out = merge(make_plan('standard', paths), paths, out=tmp_path/'out')
+    import sentence_transformers as st
+    got = st.SentenceTransformer(str(out), device='cpu')
+    a,b,c = ({k: v.clone() for k,v in m.state_dict().items()} for m in (ms['a'], ms['b'], got))
+    assert c.keys()==a.keys()
+    for k in c: torch.testing.assert_close(c[k], ((a[k].double()+b[k].double())/2).to(c[k].dtype) if a[k].is_floating_point() else a[k])
+    assert got.encode('w1 w2').shape==(8,) and verify(out, all=True).ok.all()
+    again = merge(make_plan('standard', [out, out]), [out, out], out=tmp_path/'again')
+    assert all(v.equal(c[k]) for k,v in st.SentenceTransformer(str(again), device='cpu').state_dict().items())
+
+def test_a_module_that_leaves_the_folder(tmp_path):
+    "Names in modules.json are names, never paths"
+    for i,k in enumerate('ab'): bert(tmp_path/k, i)
+    for bad in ('../b', '/tmp', 'x/y', '..'):
+        (tmp_path/'a'/'modules.json').write_text(json.dumps([dict(path=''), dict(path=bad)]))
+        with pytest.raises(ValueError, match='no folder beside'): Checkpoint(tmp_path/'a')
+
+def test_timm(tmp_path):
+    "A timm folder goes in, and what comes out opens with timm: heads of tasks kept, everything else averaged"
+    timm = pytest.importorskip('timm')
+    from timm.models import load_checkpoint
+    ms = {}
+    for i,(k,n) in enumerate(dict(a=3, b=5).items()):
+        torch.manual_seed(i)
+        ms[k] = timm.create_model('resnet10t', num_classes=n).eval()
+        (tmp_path/k).mkdir()
+        save_file(ms[k].state_dict(), tmp_path/k/'model.safetensors')
+        (tmp_path/k/'config.json').write_text(json.dumps(dict(architecture='resnet10t', num_classes=n, num_features=512)))
+    paths = {k: tmp_path/k for k in 'ab'}
+    out = merge(make_plan('standard', paths), paths, out=tmp_path/'out')
+    for k,n in dict(a=3, b=5).items():
+        got = timm.create_model('resnet10t', num_classes=n)
+        got.load_state_dict(load_task(out, k))
+        assert got.state_dict()['fc.weight'].equal(ms[k].state_dict()['fc.weight'])

@@ -16,7 +16,7 @@ floors = [
     ['rules','arithmetic','files','formats','parallel','matrices','evaluate','plot'],
     ['units','align','quantised'],
     ['spectrum','checkpoint','strategies','activations','layout'],
-    ['edges','names'],
+    ['edges','names','heads','beside'],
     ['operations','scan','preflight','repair','match'],
     ['plan','interop'],
     ['chain','explore','stream'],
