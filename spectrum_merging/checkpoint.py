@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from .adapter import adapted, looks_adapted, read_adapter
 from .arithmetic import codes, number_types
 
 
@@ -271,6 +272,11 @@ def _open_path(src):
     folder = _download(str(src))
     return *_open_folder(folder),folder
 
+def _model_type(folder):
+    "Kind of model that a folder's configuration names, or ''"
+    try: return str(json.loads((folder/'config.json').read_text(encoding='utf-8')).get('model_type', ''))
+    except (AttributeError, TypeError, OSError, ValueError): return ''
+
 def _is_module(src): return (t := sys.modules.get('torch')) and isinstance(src, t.nn.Module)
 
 # %% ../nbs/10_checkpoint.ipynb #00000013
@@ -278,10 +284,12 @@ class Checkpoint:
     "Names, shapes and types of a model's tensors, and the tensors on demand"
     def __init__(self,
         src, # Module, mapping, file of weights, shard index, folder, hub id or `Checkpoint`
+        base=None, # Likewise, where `src` is a PEFT adapter: the model that it was trained on
     ):
         "Open it. Raises `FileNotFoundError`, `TypeError`, `ValueError` (broken, runs code, empty)"
         self.aliases = {} # Tied tensors: `{name: first name}`
         self.label,self.folder = type(src).__name__,None # For messages; where the config files lie
+        self.base,self.source = None,None # Of an adapter: its base as a `Checkpoint`, its own folder
         if isinstance(src, Checkpoint): self.__dict__.update(src.__dict__)
         elif _is_module(src): self._entries,self.aliases = _hold(src.state_dict())
         elif isinstance(src, Mapping): self._entries,self.aliases = _hold(dict(src))
@@ -292,6 +300,35 @@ class Checkpoint:
             raise TypeError(f"cannot open a {type(src).__name__} as a model: "
                 "pass a module, a state dict, a path or a hub id")
         if not self._entries: raise ValueError(f"{self.label} holds no tensors")
+        if not isinstance(src, Checkpoint): self._adapt(base)
+
+    def _adapt(self, base):
+        "Put an adapter on its base. Raises `ValueError` where it is none that can be merged, or without a base"
+        file = next((o.path for o in self._entries.values() if o.path), None)
+        folder = self.folder or file and file.parent
+        config = folder/'adapter_config.json' if folder else None
+        there = bool(config) and config.is_file() and file.name.startswith('adapter_model')
+        if config and self.folder and not there and any(self.folder.glob('adapter_model*')):
+            raise ValueError(f"{self.label} holds a full model and an adapter: name the file that you mean")
+        if not (there or looks_adapted(self._entries)): return
+        if not there:
+            raise ValueError(f"{self.label} holds tensors of an adapter and no adapter_config.json beside them: save it with "
+                "PEFT's save_pretrained and pass the folder, or a model in memory after merge_and_unload")
+        said = read_adapter(folder)
+        if base is None:
+            raise ValueError(f"{self.label} is a LoRA adapter, which is no model without its base: pass base= (--base) with the model "
+                f"that it was trained on; it says {str(said.get('base_model_name_or_path'))[:200]!r}")
+        base = Checkpoint(base)
+        if base.base is not None: raise ValueError(f"the base {base.label} is an adapter itself: pass a full model")
+        self.base,self.source,self.folder = base,folder,base.folder
+        kind = _model_type(base.folder)
+        self._entries,self.aliases = adapted(self._entries, said, config, base._entries, base.aliases, kind, self.label)
+
+    def update(self, name, base):
+        "The low-rank update (see `adapter`) that the tensor `name` is of `base`, or None where it is no such"
+        found = self._entry(name)
+        ours = getattr(found, 'update', None) is not None and base is not None and name in base
+        return found.update if ours and found.base is base._entry(name) else None
 
     @cached_property
     def infos(self) -> dict: # `{name: TensorInfo}` in the source's order
@@ -299,7 +336,8 @@ class Checkpoint:
 
     @property
     def files(self) -> list: # Paths of the files that hold the tensors; none for a source in memory
-        return list(dict.fromkeys(o.path for o in self._entries.values() if o.path))
+        paths = [p for o in self._entries.values() for p in getattr(o, 'paths', None) or (o.path,)]
+        return list(dict.fromkeys(filter(None, paths)))
 
     def _entry(self, name):
         if name not in self._entries: raise KeyError(f"{self.label} has no tensor {name!r}")

@@ -31,7 +31,8 @@ def name_models(
     if bad:
         raise ValueError(f"model name {bad[0]!r} is taken or unusable: use plain words "
             f"other than {', '.join(row_columns)}, passes, reason, snr_…, without @ and slashes")
-    return {k: Checkpoint(o) for k,o in models.items()},None if base is None else Checkpoint(base)
+    base = None if base is None else Checkpoint(base)
+    return {k: Checkpoint(o, base) for k,o in models.items()},base
 
 # %% ../nbs/38_preflight.ipynb #0000000a
 def listed(

@@ -49,6 +49,8 @@ def _part(name, ckpt, label):
 
 def _matrix(name, model, base):
     "What to measure: the weight itself, or in fp64 its difference from the base"
+    if update := model.update(name, base): # exact, where W − W₀ has the rounding of W
+        return Matrix(update.shape, [(name, update.piece)], number_types['float64'].eps)
     W = _part(name, model, name)
     if base is None: return W
     return Matrix(W.shape, W.parts+_part(name, base, f'base {name}').parts, number_types['float64'].eps)
@@ -81,8 +83,9 @@ def scan(
 ) -> pd.DataFrame: # One row per matrix: name, unit, role, shape, snr, more of `measure`, estimator, of
     "Measure every matrix of a model. Raises what `Checkpoint`, `measure` and `resolve_of` raise"
     what = recipe(estimator, 'estimator', 'estimator')
-    of,model = resolve_of(of, base),Checkpoint(model)
-    base = Checkpoint(base) if of=='update' else None
+    of,base = resolve_of(of, base),None if base is None else Checkpoint(base)
+    model = Checkpoint(model, base)
+    if of=='weights': base = None
     infos,units = model.infos,find_units(model.infos, heads, model.aliases)
     names = [k for k,o in infos.items()
         if o.is_float and _measurable(o.shape, what.rule.paper) and k not in model.aliases]

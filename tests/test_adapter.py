@@ -1,0 +1,134 @@
+"Adapters against the real PEFT: opened as a model, measured, merged, proven, and refused by name."
+import json, os, resource, subprocess, sys, warnings
+from pathlib import Path
+import numpy as np, pytest, torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from spectrum_merging.checkpoint import Checkpoint
+from spectrum_merging.merge import merge
+from spectrum_merging.plan import make_plan
+from spectrum_merging.scan import scan
+from spectrum_merging.verify import verify
+
+peft = pytest.importorskip('peft')
+tf = pytest.importorskip('transformers')
+warnings.filterwarnings('ignore')
+scripts = Path(sys.executable).parent
+
+def _bert(**kwargs):
+    return tf.BertForSequenceClassification(tf.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=48, vocab_size=99, max_position_embeddings=40, **kwargs))
+def _gpt(): return tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=77, n_positions=40,
+    bos_token_id=0, eos_token_id=0))
+def _llama(): return tf.LlamaForCausalLM(tf.LlamaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, intermediate_size=48, vocab_size=99, bos_token_id=0, eos_token_id=0, pad_token_id=0))
+def _t5(): return tf.T5ForConditionalGeneration(tf.T5Config(d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2, vocab_size=99))
+def _distil(): return tf.DistilBertForTokenClassification(tf.DistilBertConfig(dim=32, n_layers=2, n_heads=2, hidden_dim=48, vocab_size=99))
+def _vit(): return tf.ViTForImageClassification(tf.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+    intermediate_size=48, image_size=16, patch_size=4))
+makers = dict(bert=_bert, gpt=_gpt, llama=_llama, t5=_t5, distil=_distil, vit=_vit)
+
+def random_(model, seed):
+    "Give all that is trained a value of its own: PEFT begins at B = 0"
+    g = torch.Generator().manual_seed(seed)
+    for k,p in model.named_parameters():
+        if p.requires_grad or 'lora' in k: p.data.copy_(p.data+torch.randn(p.shape, generator=g)*.1)
+
+def make(tmp, maker, seed=0, dtype=torch.float32, name='a', **config):
+    "Folders of base and adapter, and what `merge_and_unload` makes of them"
+    torch.manual_seed(7)
+    base = makers[maker]().to(dtype)
+    if not (tmp/'base').exists(): base.save_pretrained(tmp/'base')
+    model = peft.get_peft_model(base, peft.LoraConfig(**config))
+    random_(model, seed)
+    model.save_pretrained(tmp/name)
+    again = peft.PeftModel.from_pretrained(type(base).from_pretrained(tmp/'base', dtype=dtype), tmp/name)
+    return tmp/'base',tmp/name,again.merge_and_unload().state_dict()
+
+def same(ckpt, want):
+    assert len(ckpt)>5
+    for k in ckpt:
+        assert ckpt.read(k).dtype==want[k].dtype and torch.equal(ckpt.read(k), want[k]), k
+
+cases = dict(
+    bert=('bert', dict(r=4, target_modules=['query','value'], task_type='SEQ_CLS')),
+    all_bias=('bert', dict(r=4, target_modules=['query','value'], bias='all', task_type='SEQ_CLS')),
+    lora_only=('bert', dict(r=4, target_modules=['query','dense'], bias='lora_only', modules_to_save=['classifier'])),
+    lora_bias=('bert', dict(r=4, target_modules=['query','value'], lora_bias=True)),
+    patterns=('bert', dict(r=4, lora_alpha=3, target_modules=['query','value','dense'], use_rslora=True,
+        rank_pattern={'query': 2, r'layer\.1\.attention\.output\.dense': 7}, alpha_pattern={r'layer\.0.*value': 9, 'query': 5})),
+    table=('bert', dict(r=5, target_modules=['word_embeddings','query'])),
+    saved=('bert', dict(r=4, target_modules=['query'], modules_to_save=['pooler','classifier','LayerNorm'])),
+    all_linear=('bert', dict(r=16, target_modules='all-linear', task_type='SEQ_CLS')),
+    gpt=('gpt', dict(r=4, target_modules=['c_attn','c_proj','c_fc'], fan_in_fan_out=True, task_type='CAUSAL_LM')),
+    gpt_square=('gpt', dict(r=4, target_modules=r'.*attn\.c_proj', task_type='CAUSAL_LM')),
+    gpt_table=('gpt', dict(r=4, target_modules=['wte','c_attn'])),
+    llama=('llama', dict(r=8, lora_alpha=32, use_rslora=True, target_modules='all-linear', task_type='CAUSAL_LM')),
+    llama_table=('llama', dict(r=8, target_modules=['embed_tokens','q_proj'], modules_to_save=['lm_head'])),
+    eva=('llama', dict(r=8, target_modules=['q_proj'], init_lora_weights='orthogonal')),
+    t5=('t5', dict(r=4, target_modules=['q','v','wi','wo'], task_type='SEQ_2_SEQ_LM')),
+    distil=('distil', dict(r=4, target_modules=['q_lin','v_lin'], task_type='TOKEN_CLS')),
+    vit=('vit', dict(r=4, target_modules=['q_proj','v_proj','query','value'], modules_to_save=['classifier'])))
+
+@pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize('case', cases)
+def test_equals_peft(case, dtype, tmp_path):
+    if case=='t5' and dtype==torch.float16: pytest.skip('T5 keeps some weights in fp32 there')
+    maker,config = cases[case]
+    base,adapter,want = make(tmp_path, maker, dtype=dtype, **config)
+    ckpt = Checkpoint(adapter, base)
+    assert set(ckpt)==set(Checkpoint(base))
+    same(ckpt, want)
+    assert any(not torch.equal(ckpt.read(k), Checkpoint(base).read(k)) for k in ckpt)
+
+def two(tmp_path, maker='bert', dtype=torch.float32, **config):
+    config = config or dict(r=4, target_modules=['query','value'], task_type='SEQ_CLS')
+    base,a,x = make(tmp_path, maker, 1, dtype, 'a', **config)
+    _,b,y = make(tmp_path, maker, 2, dtype, 'b', **config)
+    return base,a,b,x,y
+
+def run(*args):
+    p = subprocess.run([scripts/args[0], *map(str, args[1:])], capture_output=True, text=True)
+    return p.returncode,p.stdout+p.stderr
+
+def test_products_are_merged(tmp_path):
+    "By the command, with its proof; the mean of products is no product of mean factors"
+    base,a,b,x,y = two(tmp_path)
+    code,said = run('spectrum-merge', a, b, '--base', base, '--out', tmp_path/'o')
+    assert not code, said
+    o = load_file(tmp_path/'o'/'model.safetensors')
+    assert len(o)>30
+    for k,v in o.items(): torch.testing.assert_close(v, (x[k].double()+y[k].double()).div(2).float(), rtol=1e-6, atol=1e-7)
+    assert not (tmp_path/'o'/'adapter_config.json').exists()
+    code,said = run('spectrum-verify', tmp_path/'o', '--all')
+    assert not code, said
+    assert verify(tmp_path/'o', all=True).ok.all()
+    alpha = a/'adapter_config.json'
+    alpha.write_text(alpha.read_text().replace('"lora_alpha": 8', '"lora_alpha": 9'))
+    assert not verify(tmp_path/'o', all=True).ok.all()
+
+@pytest.mark.parametrize('strategy', ('standard','task_arithmetic','tsv_m','snr_winner','ties'))
+def test_mixed_with_full_models(strategy, tmp_path):
+    "An adapter is what its merged model is, alone and beside full models; verified with its base moved"
+    base,a,b,x,y = two(tmp_path)
+    save_file(y, tmp_path/'full.safetensors')
+    plan = make_plan(strategy, dict(a=a, b=tmp_path/'full.safetensors'), base)
+    out = merge(plan, dict(a=a, b=tmp_path/'full.safetensors'), base, tmp_path/'out')
+    held = merge(plan, dict(a=x, b=y), load_file(base/'model.safetensors'))
+    for k,v in load_file(out/'model.safetensors').items(): torch.testing.assert_close(v, held[k], rtol=1e-6, atol=1e-7)
+    os.rename(base, tmp_path/'moved')
+    with pytest.raises(FileNotFoundError): verify(out)
+    assert verify(out, base=tmp_path/'moved').ok.all()
+
+def test_blocks_do_not_matter(tmp_path):
+    base,a,_ = make(tmp_path, 'llama', r=8, target_modules='all-linear')
+    ckpt = Checkpoint(a, base)
+    for k,o in ckpt.infos.items():
+        whole = np.empty(o.nbytes, 'u1')
+        ckpt.read_into(k, whole)
+        for start,stop in ((0, 4), (12, 400), (o.nbytes//2//4*4, o.nbytes), (4*33, 4*77), (5, 30)):
+            stop = min(stop, o.nbytes)
+            if start>=stop: continue
+            part = np.empty(stop-start, 'u1')
+            ckpt.read_into(k, part, start)
+            assert np.array_equal(part, whole[start:stop]), (k, start)
