@@ -12,6 +12,7 @@ import hashlib, json, numpy as np, os, sys, threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from fastcore.basics import patch
 from math import prod
 from pathlib import Path
 from .adapter import adapted, looks_adapted, read_adapter
@@ -272,10 +273,11 @@ def _open_path(src):
     folder = _download(str(src))
     return *_open_folder(folder),folder
 
-def _model_type(folder):
-    "Kind of model that a folder's configuration names, or ''"
-    try: return str(json.loads((folder/'config.json').read_text(encoding='utf-8')).get('model_type', ''))
-    except (AttributeError, TypeError, OSError, ValueError): return ''
+def _config(folder):
+    "A folder's configuration, or {}"
+    try: res = json.loads((folder/'config.json').read_text(encoding='utf-8'))
+    except (TypeError, OSError, ValueError, RecursionError): return {}
+    return res if isinstance(res, dict) else {}
 
 def _is_module(src): return (t := sys.modules.get('torch')) and isinstance(src, t.nn.Module)
 
@@ -301,34 +303,6 @@ class Checkpoint:
                 "pass a module, a state dict, a path or a hub id")
         if not self._entries: raise ValueError(f"{self.label} holds no tensors")
         if not isinstance(src, Checkpoint): self._adapt(base)
-
-    def _adapt(self, base):
-        "Put an adapter on its base. Raises `ValueError` where it is none that can be merged, or without a base"
-        file = next((o.path for o in self._entries.values() if o.path), None)
-        folder = self.folder or file and file.parent
-        config = folder/'adapter_config.json' if folder else None
-        there = bool(config) and config.is_file() and file.name.startswith('adapter_model')
-        if config and self.folder and not there and any(self.folder.glob('adapter_model*')):
-            raise ValueError(f"{self.label} holds a full model and an adapter: name the file that you mean")
-        if not (there or looks_adapted(self._entries)): return
-        if not there:
-            raise ValueError(f"{self.label} holds tensors of an adapter and no adapter_config.json beside them: save it with "
-                "PEFT's save_pretrained and pass the folder, or a model in memory after merge_and_unload")
-        said = read_adapter(folder)
-        if base is None:
-            raise ValueError(f"{self.label} is a LoRA adapter, which is no model without its base: pass base= (--base) with the model "
-                f"that it was trained on; it says {str(said.get('base_model_name_or_path'))[:200]!r}")
-        base = Checkpoint(base)
-        if base.base is not None: raise ValueError(f"the base {base.label} is an adapter itself: pass a full model")
-        self.base,self.source,self.folder = base,folder,base.folder
-        kind = _model_type(base.folder)
-        self._entries,self.aliases = adapted(self._entries, said, config, base._entries, base.aliases, kind, self.label)
-
-    def update(self, name, base):
-        "The low-rank update (see `adapter`) that the tensor `name` is of `base`, or None where it is no such"
-        found = self._entry(name)
-        ours = getattr(found, 'update', None) is not None and base is not None and name in base
-        return found.update if ours and found.base is base._entry(name) else None
 
     @cached_property
     def infos(self) -> dict: # `{name: TensorInfo}` in the source's order
@@ -361,6 +335,40 @@ class Checkpoint:
     def __repr__(self):
         n = sum(o.numel for o in self.infos.values())
         return f"Checkpoint({self.label}: {len(self)} tensors, {n:,} values)"
+
+# %% ../nbs/10_checkpoint.ipynb #ada00000
+@patch
+def _adapt(self:Checkpoint, base):
+    "Put an adapter on its base. Raises `ValueError` where it is none that can be merged, or without a base"
+    file = next((o.path for o in self._entries.values() if o.path), None)
+    folder = self.folder or file and file.parent
+    config = folder/'adapter_config.json' if folder else None
+    there = bool(config) and config.is_file() and file.name.startswith('adapter_model')
+    if config and self.folder and not there and any(self.folder.glob('adapter_model*')):
+        raise ValueError(f"{self.label} holds a full model and an adapter: name the file that you mean")
+    if not (there or looks_adapted(self._entries)): return
+    if not there:
+        raise ValueError(f"{self.label} holds tensors of an adapter and no adapter_config.json beside them: save it with "
+            "PEFT's save_pretrained and pass the folder, or a model in memory after merge_and_unload")
+    said = read_adapter(folder)
+    if base is None:
+        raise ValueError(f"{self.label} is a LoRA adapter, which is no model without its base: pass base= (--base) with the model "
+            f"that it was trained on; it says {str(said.get('base_model_name_or_path'))[:200]!r}")
+    base = Checkpoint(base)
+    if base.base is not None: raise ValueError(f"the base {base.label} is an adapter itself: pass a full model")
+    self.base,self.source,self.folder = base,folder,base.folder
+    self._entries,self.aliases = adapted(self._entries, said, config, base._entries, base.aliases,
+        _config(base.folder), self.label)
+
+@patch
+def update(self:Checkpoint,
+    name:str, # Tensor
+    base, # `Checkpoint`
+):
+    "The low-rank update (see `adapter`) that the tensor `name` is of `base`, or None where it is no such"
+    found = self._entry(name)
+    ours = getattr(found, 'update', None) is not None and base is not None and name in base
+    return found.update if ours and found.base is base._entry(name) else None
 
 # %% ../nbs/10_checkpoint.ipynb #0000001b
 def content_sha256(

@@ -43,7 +43,8 @@ def make(tmp, maker, seed=0, dtype=torch.float32, name='a', **config):
     random_(model, seed)
     model.save_pretrained(tmp/name)
     again = peft.PeftModel.from_pretrained(type(base).from_pretrained(tmp/'base', dtype=dtype), tmp/name)
-    return tmp/'base',tmp/name,again.merge_and_unload().state_dict()
+    again.merge_and_unload().save_pretrained(tmp/f'{name}-merged')
+    return tmp/'base',tmp/name,load_file(tmp/f'{name}-merged'/'model.safetensors')
 
 def same(ckpt, want):
     assert len(ckpt)>5

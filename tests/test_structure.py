@@ -14,8 +14,9 @@ core = [k for k in files if not k.startswith('lab.') and k not in ('bench','cli'
 # A room imports only from floors below its own.
 floors = [
     ['rules','arithmetic','files','parallel','units','align','evaluate','plot'],
-    ['spectrum','adapter','strategies','activations','layout'],
-    ['edges','checkpoint'],
+    ['spectrum','lowrank','strategies','activations','layout'],
+    ['edges','adapter'],
+    ['checkpoint'],
     ['operations','scan','preflight','repair','match'],
     ['plan','interop'],
     ['chain','explore','stream'],
