@@ -89,7 +89,9 @@ def two(tmp_path, maker='bert', dtype=torch.float32, **config):
     return base,a,b,x,y
 
 def run(*args):
-    p = subprocess.run([scripts/args[0], *map(str, args[1:])], capture_output=True, text=True)
+    name = args[0].removeprefix('spectrum-')+'_cli'
+    p = subprocess.run([sys.executable, '-c', f'from spectrum_merging.cli import {name}; {name}()', *map(str, args[1:])],
+        capture_output=True, text=True)
     return p.returncode,p.stdout+p.stderr
 
 def test_products_are_merged(tmp_path):
@@ -133,3 +135,79 @@ def test_blocks_do_not_matter(tmp_path):
             part = np.empty(stop-start, 'u1')
             ckpt.read_into(k, part, start)
             assert np.array_equal(part, whole[start:stop]), (k, start)
+
+def tuned(tmp, maker, seed=3, dtype=torch.float32, rank=3, noise=.004, heads=True):
+    "Folders of a base and of a fine-tuned model: a strong update of low rank in noise, all biases and norms changed"
+    torch.manual_seed(7)
+    base = makers[maker]().to(dtype)
+    base.save_pretrained(tmp/'base')
+    g = torch.Generator().manual_seed(seed)
+    for k,p in base.named_parameters():
+        if p.dim()==2: p.data += (.3*torch.randn(p.shape[0], rank, generator=g)@torch.randn(rank, p.shape[1], generator=g)/p.shape[1]**.5
+            + noise*torch.randn(p.shape, generator=g)).to(dtype)
+        elif heads: p.data += (.05*torch.randn(p.shape, generator=g)).to(dtype)
+    base.save_pretrained(tmp/'tuned')
+    return tmp/'base',tmp/'tuned',base
+
+def answer(model, maker):
+    g = torch.Generator().manual_seed(0)
+    if maker=='vit': return model.eval()(pixel_values=torch.randn(2, 3, 16, 16, generator=g)).logits
+    ids = torch.randint(1, 70, (2, 9), generator=g)
+    more = dict(decoder_input_ids=ids) if maker=='t5' else {}
+    return model.eval()(input_ids=ids, **more).logits
+
+@pytest.mark.parametrize('maker', makers)
+@pytest.mark.parametrize('how', (dict(), dict(rank=32), dict(energy=.95), dict(threshold=.2)), ids=str)
+def test_extract_loads_in_peft(maker, how, tmp_path):
+    "What PEFT makes of the adapter is what `Checkpoint` makes of it; at full rank all but what is said to be left out is there"
+    from spectrum_merging.extract import extract
+    base,model,full = tuned(tmp_path, maker)
+    table = extract(model, base, tmp_path/'adapter', **how)
+    left = table[table.becomes.str.startswith('left out')]
+    started = type(full).from_pretrained(base)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        loaded = peft.PeftModel.from_pretrained(started, tmp_path/'adapter')
+    assert not [o for o in said if 'missing' in str(o.message).lower() or 'unexpected' in str(o.message).lower()]
+    before = answer(loaded, maker)
+    loaded.merge_and_unload().save_pretrained(tmp_path/'again')
+    torch.testing.assert_close(answer(type(full).from_pretrained(tmp_path/'again'), maker), before, rtol=1e-4, atol=1e-4)
+    ours,theirs = Checkpoint(tmp_path/'adapter', base),load_file(tmp_path/'again'/'model.safetensors')
+    same(ours, theirs)
+    want = load_file(model/'model.safetensors')
+    for k in want:
+        if k in set(left.name): continue
+        err = (theirs[k]-want[k]).norm()/max((want[k]-Checkpoint(base).read(k)).norm(), 1e-9)
+        assert err < (1e-4 if 'rank' in how else .35), (k, float(err))
+    if maker in ('bert','distil','vit') and 'rank' in how:
+        assert not [o for o in left.name if 'cls_token' not in o and 'position_embeddings' not in o], left
+        if maker!='vit': torch.testing.assert_close(before, answer(full, maker), rtol=1e-3, atol=1e-3)
+
+def test_edge_finds_the_rank(tmp_path):
+    from spectrum_merging.extract import extract
+    torch.manual_seed(0)
+    g = torch.Generator().manual_seed(1)
+    W = {f'a.{i}.weight': torch.randn(120, 200, generator=g) for i in range(4)}
+    T = {k: v+.3*torch.randn(120, i, generator=g)@torch.randn(i, 200, generator=g)+.2*torch.randn(v.shape, generator=g) if i else v+.2*torch.randn(v.shape, generator=g)
+        for i,(k,v) in enumerate(W.items())}
+    t = extract(T, W, tmp_path/'x').set_index('name')
+    assert t['rank'].tolist()==[0, 1, 2, 3] and t.becomes.iloc[0].startswith('left out')
+    config = json.loads((tmp_path/'x'/'adapter_config.json').read_text())
+    assert config['alpha_pattern']==config['rank_pattern'] and config['r']==config['lora_alpha']
+    assert len(config['target_modules'])==3
+
+def test_extract_command_and_as_adapter(tmp_path):
+    base,a,b,x,y = two(tmp_path)
+    code,said = run('spectrum-extract', a, '--base', base, '--out', tmp_path/'again', '--rank', 8)
+    assert not code and 'PeftModel' in said, said
+    for k,v in x.items(): torch.testing.assert_close(Checkpoint(tmp_path/'again', base).read(k), v, rtol=1e-5, atol=1e-6)
+    code,said = run('spectrum-merge', a, b, '--base', base, '--out', tmp_path/'m', '--as-adapter', '--heads', 'none')
+    assert not code, said
+    found = Checkpoint(tmp_path/'m', base)
+    assert set(found)==set(x) and sorted(p.name for p in tmp_path.glob('.*'))==[]
+    code,said = run('spectrum-merge', a, b, '--base', base, '--out', tmp_path/'t', '--as-adapter')
+    assert not code, said
+    assert sorted(p.name for p in (tmp_path/'t').iterdir())==['a', 'b']
+    assert torch.equal(Checkpoint(tmp_path/'t'/'b', base).read('classifier.weight'), y['classifier.weight'])
+    code,said = run('spectrum-merge', a, b, '--out', tmp_path/'u', '--as-adapter')
+    assert code and 'base' in said

@@ -23,6 +23,7 @@ floors = [
     ['journal'],
     ['folder'],
     ['merge','verify'],
+    ['extract'],
     ['lab.tasks'],
     ['lab.training'],
     ['lab.convolutions','lab.texts'],
