@@ -24,6 +24,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'spectrum_merging.adapter._cast': ('adapter.html#_cast', 'spectrum_merging/adapter.py'),
                                           'spectrum_merging.adapter._compiled': ('adapter.html#_compiled', 'spectrum_merging/adapter.py'),
                                           'spectrum_merging.adapter._few': ('adapter.html#_few', 'spectrum_merging/adapter.py'),
+                                          'spectrum_merging.adapter._is_saved': ('adapter.html#_is_saved', 'spectrum_merging/adapter.py'),
                                           'spectrum_merging.adapter._paths': ('adapter.html#_paths', 'spectrum_merging/adapter.py'),
                                           'spectrum_merging.adapter._place': ('adapter.html#_place', 'spectrum_merging/adapter.py'),
                                           'spectrum_merging.adapter._plain_name': ( 'adapter.html#_plain_name',

@@ -203,6 +203,14 @@ def _cast(entry, dtype):
     return Cast(entry, type(info)(info.shape, dtype))
 
 # %% ../nbs/11_adapter.ipynb #0000000f
+# Layers that PEFT puts on a base for a task, or saves whole in most adapters.
+_task_layer = re.compile(r'(?:^|\.)(?:score|classifier|classification_head|qa_outputs|(?:lm_|v_)?head)(?:\.|$)')
+
+def _is_saved(k, config):
+    "Whether modules_to_save names the module of a tensor"
+    parts,saved = k.split('.')[:-1],config.get('modules_to_save') or []
+    return any('.'.join(parts[:i+1]).endswith(str(o)) for i in range(len(parts)) for o in saved)
+
 def adapted(
     entries:dict, # `{name: entry}` of the adapter's file
     config:dict, # From `read_adapter`
@@ -218,8 +226,11 @@ def adapted(
     there,res = _place(factors, whole, base, base_config, label),dict(base)
     common = next(o.info.dtype for o in base.values() if o.info.is_float)
     for k,name in whole.items():
-        e,k = entries[name],there(k)
-        if k in base and base[k].info.shape!=e.info.shape and not re.search(r'score|classifier|head|qa_outputs', k):
+        e,own,k = entries[name],bool(_task_layer.search(k)) or _is_saved(k, config),there(k)
+        if k not in base and not own:
+            raise ValueError(f"{label} holds {name}, which neither its base has nor modules_to_save names: pass the base that "
+                "the adapter was trained on (--base)")
+        if k in base and base[k].info.shape!=e.info.shape and not own:
             raise ValueError(f"{label} does not fit its base: {k} has shape {e.info.shape}, in the base {base[k].info.shape}; "
                 "pass the base that the adapter was trained on, its vocabulary resized likewise")
         res[k] = _cast(e, base[k].info.dtype if k in base else common)

@@ -13,7 +13,6 @@ from spectrum_merging.verify import verify
 peft = pytest.importorskip('peft')
 tf = pytest.importorskip('transformers')
 warnings.filterwarnings('ignore')
-scripts = Path(sys.executable).parent
 
 def _bert(**kwargs):
     return tf.BertForSequenceClassification(tf.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -88,13 +87,22 @@ def two(tmp_path, maker='bert', dtype=torch.float32, **config):
     _,b,y = make(tmp_path, maker, 2, dtype, 'b', **config)
     return base,a,b,x,y
 
-def run(*args):
-    name = args[0].removeprefix('spectrum-')+'_cli'
-    p = subprocess.run([sys.executable, '-c', f'from spectrum_merging.cli import {name}; {name}()', *map(str, args[1:])],
-        capture_output=True, text=True)
-    return p.returncode,p.stdout+p.stderr
+@pytest.fixture(scope='session', autouse=True)
+def commands(tmp_path_factory):
+    "Console scripts as an installation makes them"
+    folder = tmp_path_factory.mktemp('bin')
+    for k in ('merge','scan','verify','extract'):
+        (folder/f'spectrum-{k}').write_text(f'from spectrum_merging.cli import {k}_cli\n{k}_cli()\n')
+    return folder
 
-def test_products_are_merged(tmp_path):
+@pytest.fixture
+def run(commands):
+    def run(*args):
+        p = subprocess.run([sys.executable, commands/args[0], *map(str, args[1:])], capture_output=True, text=True)
+        return p.returncode,p.stdout+p.stderr
+    return run
+
+def test_products_are_merged(tmp_path, run):
     "By the command, with its proof; the mean of products is no product of mean factors"
     base,a,b,x,y = two(tmp_path)
     code,said = run('spectrum-merge', a, b, '--base', base, '--out', tmp_path/'o')
@@ -196,7 +204,7 @@ def test_edge_finds_the_rank(tmp_path):
     assert config['alpha_pattern']==config['rank_pattern'] and config['r']==config['lora_alpha']
     assert len(config['target_modules'])==3
 
-def test_extract_command_and_as_adapter(tmp_path):
+def test_extract_command_and_as_adapter(tmp_path, run):
     base,a,b,x,y = two(tmp_path)
     code,said = run('spectrum-extract', a, '--base', base, '--out', tmp_path/'again', '--rank', 8)
     assert not code and 'PeftModel' in said, said
@@ -211,3 +219,117 @@ def test_extract_command_and_as_adapter(tmp_path):
     assert torch.equal(Checkpoint(tmp_path/'t'/'b', base).read('classifier.weight'), y['classifier.weight'])
     code,said = run('spectrum-merge', a, b, '--out', tmp_path/'u', '--as-adapter')
     assert code and 'base' in said
+
+@pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16), ids=str)
+def test_scan_is_rank_exact(dtype, tmp_path):
+    "The update is the product of the factors, not what rounding to the base's type leaves of it"
+    base,a,want = make(tmp_path, 'llama', dtype=dtype, r=3, target_modules=['q_proj','down_proj'])
+    rows = scan(a, base, progress=False).set_index('name')
+    sd,found = load_file(a/'adapter_model.safetensors'),Checkpoint(a, base)
+    for k in [k for k in rows.index if 'q_proj' in k or 'down_proj' in k]:
+        A,B = (sd[f'base_model.model.{k[:-7]}.lora_{o}.weight'].double() for o in 'AB')
+        D = B@A*(8/3)
+        s = torch.linalg.svdvals(D-D.mean())
+        assert rows.n_spikes[k]<=4 and not rows.fits[k]
+        assert abs(rows.norm[k]/(D-D.mean()).norm().item()-1)<1e-9
+        assert abs(rows.stable_rank[k]/(s.square().sum()/s[0]**2).item()-1)<1e-9
+    assert (rows.norm[[k for k in rows.index if 'k_proj' in k]]==0).all()
+    weights = scan(a, base, of='weights', progress=False).set_index('name')
+    assert weights.norm.min()>0
+
+def edited(folder, out, **config):
+    "Copy of an adapter with another configuration"
+    out.mkdir()
+    for f in folder.iterdir():
+        if f.is_file(): (out/f.name).write_bytes(f.read_bytes())
+    told = json.loads((out/'adapter_config.json').read_text()) | config
+    (out/'adapter_config.json').write_text(json.dumps(told))
+    return out
+
+@pytest.mark.parametrize('config,said', (
+    (dict(peft_type='LOHA'), 'LOHA'), (dict(peft_type='IA3'), 'IA3'), (dict(peft_type='PROMPT_TUNING'), 'PROMPT_TUNING'),
+    (dict(peft_type='ADALORA'), 'ADALORA'), (dict(peft_type='VERA'), 'VERA'), (dict(peft_type=None), 'None'),
+    (dict(use_dora=True), 'use_dora'), (dict(init_lora_weights='pissa'), 'pissa'), (dict(init_lora_weights='pissa_niter_4'), 'pissa_niter_4'),
+    (dict(init_lora_weights='olora'), 'olora'), (dict(init_lora_weights='loftq'), 'loftq'), (dict(init_lora_weights='corda'), 'corda'),
+    (dict(target_parameters=['x']), 'target_parameters'), (dict(trainable_token_indices=[1]), 'trainable_token_indices'),
+    (dict(layer_replication=[[0, 1]]), 'layer_replication'), (dict(use_qalora=True), 'use_qalora'),
+    (dict(alora_invocation_tokens=[1]), 'alora_invocation_tokens'), (dict(something_new='x'), 'something_new'),
+    (dict(r=5), 'rank'), (dict(rank_pattern={'query': 7}), 'rank'), (dict(rank_pattern={'(': 7}), 'pattern'), (dict(r='4'), 'no number'),
+    (dict(lora_alpha=None), 'no number'), (dict(rank_pattern=[1]), 'no table')), ids=str)
+def test_refused_by_name(config, said, adapter_pair, tmp_path):
+    base,a,_ = adapter_pair
+    with pytest.raises(ValueError, match=said.replace('(', r'\(')): Checkpoint(edited(a, tmp_path/'x', **config), base)
+
+@pytest.fixture(scope='session')
+def adapter_pair(tmp_path_factory):
+    return make(tmp_path_factory.mktemp('pair'), 'bert', r=4, target_modules=['query','value'], task_type='SEQ_CLS')
+
+def test_refused_pairs(adapter_pair, tmp_path, run):
+    "No base, another base, an adapter as base, half an adapter, a folder with both, factors in memory, no configuration"
+    base,a,_ = adapter_pair
+    code,said = run('spectrum-merge', a, a, '--out', tmp_path/'o')
+    assert code and 'adapter' in said and '--base' in said and not (tmp_path/'o').exists()
+    code,said = run('spectrum-scan', a)
+    assert code and '--base' in said
+    with pytest.raises(ValueError, match='is an adapter'): Checkpoint(a, Checkpoint(a, base))
+    _gpt().save_pretrained(tmp_path/'gpt')
+    with pytest.raises(ValueError, match='does not fit its base'): Checkpoint(a, tmp_path/'gpt')
+    wide = {k: torch.cat([v, v], 1) if v.dim()==2 else v for k,v in load_file(base/'model.safetensors').items()}
+    with pytest.raises(ValueError, match='shape'): Checkpoint(a, wide)
+    sd = load_file(a/'adapter_model.safetensors')
+    with pytest.raises(ValueError, match='adapter'): Checkpoint(sd, base)
+    with pytest.raises(ValueError, match='adapter'): Checkpoint(peft.PeftModel.from_pretrained(tf.BertForSequenceClassification.from_pretrained(base), a))
+    x = edited(a, tmp_path/'half')
+    save_file({k: v for k,v in sd.items() if not ('layer.0' in k and 'lora_B' in k)}, x/'adapter_model.safetensors')
+    with pytest.raises(ValueError, match='has A and B'): Checkpoint(x, base)
+    save_file(sd | {'base_model.model.bert.encoder.layer.0.attention.self.query.lora_magnitude_vector': torch.ones(32)}, x/'adapter_model.safetensors')
+    with pytest.raises(ValueError, match='no part of a LoRA'): Checkpoint(x, base)
+    save_file(sd | {k.replace('layer.0', 'layer.7'): v.clone() for k,v in sd.items() if 'layer.0' in k}, x/'adapter_model.safetensors')
+    with pytest.raises(ValueError, match='layer.7'): Checkpoint(x, base)
+    save_file(sd | {'base_model.model.bert.nowhere.weight': torch.ones(3)}, x/'adapter_model.safetensors')
+    with pytest.raises(ValueError, match='nowhere'): Checkpoint(x, base)
+    both = edited(a, tmp_path/'both')
+    (both/'model.safetensors').write_bytes((base/'model.safetensors').read_bytes())
+    with pytest.raises(ValueError, match='full model and an adapter'): Checkpoint(both, base)
+    same(Checkpoint(both/'adapter_model.safetensors', base), adapter_pair[2])
+    (both/'adapter_config.json').unlink()
+    with pytest.raises(ValueError, match='adapter_config.json'): Checkpoint(both/'adapter_model.safetensors', base)
+    nan = {k: v.clone() for k,v in sd.items()}
+    next(v for k,v in nan.items() if 'lora_A' in k)[0, 0] = float('nan')
+    x = edited(a, tmp_path/'nan')
+    save_file(nan, x/'adapter_model.safetensors')
+    ckpt = Checkpoint(x, base)
+    with pytest.raises(ValueError, match='NaN'): [ckpt.read(k) for k in ckpt]
+
+def test_pickled_and_other_prefixes(adapter_pair, tmp_path):
+    "adapter_model.bin; a base without its prefix; factors in another type"
+    base,a,want = adapter_pair
+    sd,x = load_file(a/'adapter_model.safetensors'),edited(a, tmp_path/'bin')
+    (x/'adapter_model.safetensors').unlink()
+    torch.save(sd, x/'adapter_model.bin')
+    same(Checkpoint(x, base), want)
+    bare = {k.removeprefix('bert.'): v for k,v in load_file(base/'model.safetensors').items() if k.startswith('bert.')}
+    found = Checkpoint(a, bare)
+    assert set(found)-set(bare)=={'classifier.weight','classifier.bias'}
+    for k in bare: assert torch.equal(found.read(k), want[f'bert.{k}'])
+    half = edited(a, tmp_path/'half')
+    save_file({k: v.bfloat16() for k,v in sd.items()}, half/'adapter_model.safetensors')
+    again = peft.PeftModel.from_pretrained(tf.BertForSequenceClassification.from_pretrained(base), half).merge_and_unload().state_dict()
+    same(Checkpoint(half, base), {k: v for k,v in again.items()})
+
+def test_memory(tmp_path, commands):
+    "Two adapters on a base larger than the limit: merged by blocks"
+    W = {f'layers.{i}.q.weight': torch.randn(2048, 4096)*.02 for i in range(14)}
+    save_file(W, tmp_path/'base.safetensors')
+    for n in 'ab':
+        (tmp_path/n).mkdir()
+        save_file({f'base_model.model.{k[:-7]}.lora_{o}.weight': torch.randn(*((16, 4096) if o=='A' else (2048, 16)))
+            for k in W for o in 'AB'}, tmp_path/n/'adapter_model.safetensors')
+        (tmp_path/n/'adapter_config.json').write_text(json.dumps(dict(peft_type='LORA', r=16, lora_alpha=16)))
+    code = '''import resource, subprocess, sys
+subprocess.run([sys.executable, *sys.argv[1:]], check=True, capture_output=True)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)'''
+    peak = int(subprocess.run([sys.executable, '-c', code, commands/'spectrum-merge', tmp_path/'a', tmp_path/'b', '--base',
+        tmp_path/'base.safetensors', '--out', tmp_path/'o'], check=True, capture_output=True, text=True).stdout)
+    assert peak < 350_000
+    assert (tmp_path/'o'/'model.safetensors').stat().st_size > 350_000_000
