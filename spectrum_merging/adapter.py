@@ -116,6 +116,7 @@ def loaded_names(
     res = {apply_renamings(k, steps): k for k in sorted(names, key=dot_natural_key)}
     return res if len(res)==len(names) else {k: k for k in names}
 
+# %% ../nbs/11_adapter.ipynb #0000000b
 def _place(factors, whole, base, base_config, label):
     "What turns a name of the adapter into one of the base: their prefixes may differ, or `transformers` loads it by another"
     try: put,cut = _prefix_of(factors, whole, base, label)
@@ -143,7 +144,7 @@ def _prefix_of(modules, whole, base, label):
             else f"are not in the base, which has {_few(list(base))}") + "; pass the base that the adapter was trained on (--base)")
     return fits[0]
 
-# %% ../nbs/11_adapter.ipynb #0000000b
+# %% ../nbs/11_adapter.ipynb #0000000c
 # Model types of `transformers` whose attention and feed-forward layers are `Conv1D`, and how those are called.
 _turned_types = 'gpt2','openai-gpt','imagegpt','decision_transformer','clvp'
 _turned_names = 'c_attn','c_proj','c_fc','q_attn'
@@ -162,7 +163,7 @@ def _turned(module, out, inn, shape, config, votes, model_type):
         else bool(config.get('fan_in_fan_out')))
     return bool(config.get('fan_in_fan_out')) or stored_turned(module, model_type)
 
-# %% ../nbs/11_adapter.ipynb #0000000d
+# %% ../nbs/11_adapter.ipynb #0000000e
 def _shape_of(update, base, embedding):
     "Shape that the base's tensor must have"
     out,inn = update.shape
@@ -196,13 +197,13 @@ def _scale(config, module):
     if not rank or rank<0: raise ValueError(f"rank {rank} of {module} is no rank")
     return alpha/sqrt(rank) if config.get('use_rslora') else alpha/rank
 
-# %% ../nbs/11_adapter.ipynb #0000000e
+# %% ../nbs/11_adapter.ipynb #0000000f
 def _cast(entry, dtype):
     info = entry.info
     if info.dtype==dtype or not info.is_float or not number_types[info.dtype].eps: return entry
     return Cast(entry, type(info)(info.shape, dtype))
 
-# %% ../nbs/11_adapter.ipynb #0000000f
+# %% ../nbs/11_adapter.ipynb #00000010
 # Layers that PEFT puts on a base for a task, or saves whole in most adapters.
 _task_layer = re.compile(r'(?:^|\.)(?:score|classifier|classification_head|qa_outputs|(?:lm_|v_)?head)(?:\.|$)')
 
@@ -242,7 +243,7 @@ def adapted(
             if out!=inn: votes[m.rpartition('.')[2]] = shape==(inn, out)
     return _with_updates(res, entries, config, config_file, base, aliases, base_config, label, factors, places, votes)
 
-# %% ../nbs/11_adapter.ipynb #00000010
+# %% ../nbs/11_adapter.ipynb #00000011
 def _with_updates(res, entries, config, config_file, base, aliases, base_config, label, factors, places, votes):
     "Updates on top of what is there"
     for m,o in factors.items():

@@ -286,12 +286,10 @@ class Checkpoint:
     "Names, shapes and types of a model's tensors, and the tensors on demand"
     def __init__(self,
         src, # Module, mapping, file of weights, shard index, folder, hub id or `Checkpoint`
-        base=None, # Likewise, where `src` is a PEFT adapter: the model that it was trained on
-    ):
+        base=None): # Likewise, where `src` is a PEFT adapter: the model that it was trained on
         "Open it. Raises `FileNotFoundError`, `TypeError`, `ValueError` (broken, runs code, empty)"
-        self.aliases = {} # Tied tensors: `{name: first name}`
+        self.aliases,self.base,self.source = {},None,None # Tied `{name: first name}`; an adapter's base, its folder
         self.label,self.folder = type(src).__name__,None # For messages; where the config files lie
-        self.base,self.source = None,None # Of an adapter: its base as a `Checkpoint`, its own folder
         if isinstance(src, Checkpoint): self.__dict__.update(src.__dict__)
         elif _is_module(src): self._entries,self.aliases = _hold(src.state_dict())
         elif isinstance(src, Mapping): self._entries,self.aliases = _hold(dict(src))
@@ -310,8 +308,7 @@ class Checkpoint:
 
     @property
     def files(self) -> list: # Paths of the files that hold the tensors; none for a source in memory
-        paths = [p for o in self._entries.values() for p in getattr(o, 'paths', None) or (o.path,)]
-        return list(dict.fromkeys(filter(None, paths)))
+        return list(dict.fromkeys(p for o in self._entries.values() for p in getattr(o, 'paths', (o.path,)) if p))
 
     def _entry(self, name):
         if name not in self._entries: raise KeyError(f"{self.label} has no tensor {name!r}")

@@ -10,6 +10,7 @@ __all__ = ['check_rank', 'directions', 'extract', 'summary', 'merge_adapter']
 # %% ../nbs/63_extract.ipynb #00000003
 import json, numpy as np, pandas as pd, re, shutil
 from collections import Counter
+from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 from . import __version__
@@ -18,6 +19,7 @@ from .arithmetic import Scratch, number_types, storage, weighted_sum, widen
 from .checkpoint import Checkpoint
 from .edges import default_estimator, shrinker
 from .files import atomic_folder, free_folder
+from fastcore.basics import patch
 from .merge import check_out, load_task, merge
 from .operations import gram_svd
 from .parallel import Bar, map_single_threaded, n_cores
@@ -109,6 +111,7 @@ def _kinds(config, names):
     res = {k: (inside[k], kinds.get(inside[k].rpartition('.')[0])) for k in names}
     return res,{k for k,(own,_) in res.items() if own in tied}
 
+# %% ../nbs/63_extract.ipynb #0000000a
 # Factors of a narrower matrix, like a table of two segments, take as much room as it does.
 _narrowest = 12
 
@@ -129,7 +132,7 @@ def _fate(name, own, kind, model, base, units, ties):
     if kind is None and len(info.shape)==3: return 'left out: it is a stack of matrices'
     return 'saved' if leaf in ('weight','bias') else 'left out: it is no weight of a layer'
 
-# %% ../nbs/63_extract.ipynb #0000000b
+# %% ../nbs/63_extract.ipynb #0000000c
 class _Writer:
     "Tensors on their way into a safetensors file"
     def __init__(self, path): self.path,self.head,self.at,self.file = path,{},0,open(f'{path}.part', 'wb')
@@ -155,7 +158,7 @@ def _rounded(x, dtype, name):
     if not ok: raise ValueError(f"factors of {name} do not fit into {dtype}: pass dtype='float32'")
     return raw
 
-# %% ../nbs/63_extract.ipynb #0000000c
+# %% ../nbs/63_extract.ipynb #0000000d
 _tasks = (('SequenceClassification','SEQ_CLS'), ('TokenClassification','TOKEN_CLS'), ('QuestionAnswering','QUESTION_ANS'),
     ('CausalLM','CAUSAL_LM'), ('LMHeadModel','CAUSAL_LM'), ('ConditionalGeneration','SEQ_2_SEQ_LM'))
 
@@ -177,7 +180,105 @@ def _peft_config(ranks, saved, biases, base, arch, turned):
         alpha_pattern=odd, target_modules=list(ranks), modules_to_save=saved or None, bias='all' if biases else 'none',
         fan_in_fan_out=turned, lora_dropout=0., use_rslora=False, use_dora=False, init_lora_weights=True)
 
-# %% ../nbs/63_extract.ipynb #0000000e
+# %% ../nbs/63_extract.ipynb #0000000f
+@dataclass
+class _Job:
+    "What is known of an extraction, and what it has written so far"
+    model:Checkpoint # Fine-tuned
+    base:Checkpoint # What it was
+    units:pd.DataFrame # Of the model
+    config:dict # Its config.json
+    own:dict # `{tensor: (name in the module, kind of its layer)}`
+    fates:dict # `{tensor that changed: what becomes of it}`
+    how:dict # See `directions`
+    dtype:str # Type of the factors, or None
+
+    def of(self, what): return [k for k,o in self.fates.items() if o==what]
+
+    def turned(self, name):
+        "Whether a layer stores (in, out), apart from tables"
+        own,kind = self.own[name]
+        return kind=='Conv1D' or kind is None and stored_turned(own.rpartition('.')[0], self.config.get('model_type'))
+
+    def thin(self, name):
+        "Two factors of a tensor's update as PEFT calls them, the share of energy they hold, its length"
+        D,(own,kind) = _difference(name, self.model, self.base),self.own[name]
+        table = kind=='Embedding'
+        if table or self.turned(name): D = D.T
+        u,s,v,share = directions(D, **self.how)
+        root = np.sqrt(s)
+        ends = ('lora_embedding_A','lora_embedding_B') if table else ('lora_A.weight','lora_B.weight')
+        named = {f"base_model.model.{own.rpartition('.')[0]}.{k}": x for k,x in zip(ends, (root[:,None]*v, u*root))}
+        return named,share if len(s) else 0.,float(np.linalg.norm(D))
+
+    def saved(self):
+        "Modules that are saved whole, with all their tensors: heads from their first part on"
+        tops = {}
+        for k in self.of('saved'):
+            module = self.own[k][0].rpartition('.')[0]
+            tops[module.split('.')[0] if self.units.role[k]=='head' else module] = None
+        return {o: [k for k in self.model if self.own[k][0].startswith(f'{o}.')] for o in tops}
+
+# %% ../nbs/63_extract.ipynb #00000010
+@patch
+def change(self:_Job, name):
+    "Length of a tensor's change, or None where the base has no such tensor"
+    o,b = self.model.infos[name],self.base.infos.get(name)
+    if b is None or b.shape!=o.shape or not o.is_float or not number_types[o.dtype].eps: return None
+    return float(np.linalg.norm(_difference(name, self.model, self.base)))
+
+@patch
+def write(self:_Job, folder, n_workers, progress):
+    "Files of the adapter, and the table of what became of each tensor"
+    thin,rows,ranks = self.of('factors'),{},{}
+    found = map_single_threaded(self.thin, thin, n_workers or n_cores())
+    writer = _Writer(folder/'adapter_model.safetensors')
+    for k,(parts,share,size) in zip(thin, Bar(found, total=len(thin), desc='extract', disable=not progress, leave=False)):
+        kind,rank = self.dtype or _narrow(self.base.infos[k].dtype),next(iter(parts.values())).shape[0]
+        becomes = 'factors' if rank else 'left out: no direction stands out'
+        rows[k] = dict(becomes=becomes, rank=rank, share=share, change=size,
+            bytes=sum(x.size for x in parts.values())*number_types[kind].bits//8)
+        if not rank: continue
+        ranks[self.own[k][0].rpartition('.')[0]] = rank
+        for name,x in parts.items(): writer.add(name, x.shape, kind, _rounded(x, kind, k))
+    if not ranks: raise ValueError(f"no matrix of {self.model.label} has a direction to keep: pass rank=")
+    modules = self.saved()
+    whole = dict.fromkeys(k for o in modules.values() for k in o)
+    for k in dict.fromkeys([*whole, *self.of('bias')]):
+        nbytes = _copy(writer, k, self.own[k][0], self.model, {} if k in whole else ranks)
+        rows[k] = dict(becomes='saved', rank=0, share=1., change=self.change(k), bytes=nbytes)
+    for k in [k for k in self.fates if k not in rows]:
+        rows[k] = dict(becomes=self.fates[k], rank=0, share=0., change=self.change(k), bytes=0)
+    writer.done()
+    told = _peft_config(ranks, list(modules), self.of('bias'), self.base, (self.config.get('architectures') or [None])[0],
+        any(self.turned(k) for k in thin))
+    (folder/'adapter_config.json').write_text(json.dumps(told, indent=2), encoding='utf-8')
+    return pd.DataFrame([dict(name=k) | rows[k] for k in dict.fromkeys([*self.fates, *rows])])
+
+# %% ../nbs/63_extract.ipynb #00000011
+def _narrow(dtype): return 'float32' if dtype=='float64' else dtype
+
+def _copy(writer, name, own, model, ranks):
+    "Write a tensor as it is, and say how large; where its layer has factors PEFT keeps it in the layer beneath"
+    (module,_,leaf),o = own.rpartition('.'),model.infos[name]
+    raw = np.empty(o.numel, storage[o.dtype])
+    if o.numel: model.read_into(name, raw)
+    writer.add(f'base_model.model.{module}.base_layer.{leaf}' if module in ranks else f'base_model.model.{own}', o.shape, o.dtype, raw)
+    return o.nbytes
+
+# %% ../nbs/63_extract.ipynb #00000012
+def _card(model, base, rows, how):
+    "Model card of an adapter"
+    left,thin = rows[rows.becomes.str.startswith('left out')],rows[rows.becomes=='factors']
+    rule = ', '.join(f'{k}={v}' for k,v in how.items() if v is not None)
+    return '\n'.join(['---', 'library_name: peft', 'tags:\n- lora\n- spectrum-merging', '---', '', '# LoRA of an update', '',
+        f"Made by spectrum-merging {__version__} from `{Path(model.label).name if model.files else 'weights in memory'}`, a fine-tuned "
+        f"version of `{Path(base.label).name if base.files else 'weights in memory'}`; singular directions by {rule}.", '',
+        f"{len(thin)} matrices with ranks {thin['rank'].min()} to {thin['rank'].max()}, in all {thin['rank'].sum()} directions "
+        f"of {rows.bytes.sum()/1e6:,.2f} MB; {int((rows.becomes=='saved').sum())} tensors are saved whole.", '',
+        '## Left out', '', *([f"- `{n}`: {b[10:]}{'' if c is None or c!=c else f' (change of length {c:.3g})'}" for n,b,c in zip(left.name, left.becomes, left.change)] or ['nothing']), ''])
+
+# %% ../nbs/63_extract.ipynb #00000013
 def _check_pair(model, base):
     "Raise `ValueError` where a model is no fine-tuned version of a base"
     both = [k for k in model if k in base and len(model.infos[k].shape)==2 and model.infos[k].shape==base.infos[k].shape]
@@ -212,88 +313,11 @@ def extract(
         raise ValueError(f"no matrix of {model.label} differs from {base.label}: there is nothing to extract")
     how = dict(rank=rank, energy=energy, threshold=threshold, shrink=shrink, estimator=estimator)
     with atomic_folder(out) as tmp:
-        rows = _write(tmp, model, base, units, config, own, fates, how, dtype, n_workers, progress)
+        rows = _Job(model, base, units, config, own, fates, how, dtype).write(tmp, n_workers, progress)
         (tmp/'README.md').write_text(_card(model, base, rows, how), encoding='utf-8')
     return rows
 
-# %% ../nbs/63_extract.ipynb #0000000f
-def _thin(name, model, base, own, kind, role, config, how):
-    "Two factors of a tensor's update as PEFT calls them, and the share of energy that they hold"
-    D,module = _difference(name, model, base),own.rpartition('.')[0]
-    table = kind=='Embedding'
-    turned = table or kind=='Conv1D' or kind is None and stored_turned(module, config.get('model_type'))
-    if turned: D = D.T
-    u,s,v,share = directions(D, **how)
-    root,size = np.sqrt(s),float(np.linalg.norm(D))
-    b,a = u*root,root[:,None]*v
-    ends = ('lora_embedding_A','lora_embedding_B') if table else ('lora_A.weight','lora_B.weight')
-    return module,{f'base_model.model.{module}.{k}': x for k,x in zip(ends, (a, b))},share,size
-
-def _size(name, model, base):
-    "Length of a tensor's change, or None where the base has no such tensor"
-    o,b = model.infos[name],base.infos.get(name)
-    if b is None or b.shape!=o.shape or not o.is_float or not number_types[o.dtype].eps: return None
-    return float(np.linalg.norm(_difference(name, model, base)))
-
-def _saved(names, fates, units, own, model):
-    "Modules that are saved whole, with all their tensors: heads from their first part on"
-    tops = {}
-    for k in names:
-        module = own[k][0].rpartition('.')[0]
-        tops[module.split('.')[0] if units.role[k]=='head' else module] = None
-    return {o: [k for k in model if own[k][0].startswith(f'{o}.')] for o in tops}
-
-def _write(folder, model, base, units, config, own, fates, how, dtype, n_workers, progress):
-    "Files of the adapter, and the table of what became of each tensor"
-    def of(what): return [k for k,o in fates.items() if o==what]
-    thin,rows,ranks = of('factors'),{},{}
-    found = map_single_threaded(lambda k: _thin(k, model, base, *own[k], units.role[k], config, how), thin, n_workers or n_cores())
-    writer = _Writer(folder/'adapter_model.safetensors')
-    turned = False
-    for k,(module,parts,share,size) in zip(thin, Bar(found, total=len(thin), desc='extract', disable=not progress, leave=False)):
-        rank,kind = next(iter(parts.values())).shape[0],dtype or _narrow(base.infos[k].dtype)
-        rows[k] = dict(becomes='factors' if rank else 'left out: no direction above its noise', rank=rank, share=share if rank else 0., change=size)
-        turned |= own[k][1]=='Conv1D' or stored_turned(module, config.get('model_type'))
-        if not rank: continue
-        ranks[module] = rank
-        for name,x in parts.items(): writer.add(name, x.shape, kind, _rounded(x, kind, k))
-        rows[k]['bytes'] = sum(x.size for x in parts.values())*number_types[kind].bits//8
-    if not ranks: raise ValueError(f"no matrix of {model.label} has a direction to keep: pass rank=")
-    modules = _saved(of('saved'), fates, units, own, model)
-    whole = dict.fromkeys(k for o in modules.values() for k in o)
-    for k in [*whole, *(o for o in of('bias') if o not in whole)]: _copy(writer, k, own[k][0], model, ranks, k in whole, rows, _size(k, model, base))
-    for k,o in fates.items():
-        if k not in rows: rows[k] = dict(becomes=o, rank=0, share=0., change=_size(k, model, base), bytes=0)
-    writer.done()
-    told = _peft_config(ranks, list(modules), of('bias'), base, (config.get('architectures') or [None])[0], turned)
-    (folder/'adapter_config.json').write_text(json.dumps(told, indent=2), encoding='utf-8')
-    for k in rows: rows[k].setdefault('bytes', 0)
-    return pd.DataFrame([dict(name=k) | rows[k] for k in dict.fromkeys([*fates, *rows])])
-
-def _narrow(dtype): return 'float32' if dtype=='float64' else dtype
-
-def _copy(writer, name, own, model, ranks, whole, rows, change):
-    "A tensor as it is; where its layer has factors PEFT keeps it in the layer beneath"
-    module,_,leaf = own.rpartition('.')
-    o = model.infos[name]
-    raw = np.empty(o.numel, storage[o.dtype])
-    if o.numel: model.read_into(name, raw)
-    writer.add(f'base_model.model.{module}.base_layer.{leaf}' if module in ranks and not whole else f'base_model.model.{own}', o.shape, o.dtype, raw)
-    rows[name] = dict(becomes='saved', rank=0, share=1., change=change, bytes=o.nbytes)
-
-# %% ../nbs/63_extract.ipynb #00000010
-def _card(model, base, rows, how):
-    "Model card of an adapter"
-    left,thin = rows[rows.becomes.str.startswith('left out')],rows[rows.becomes=='factors']
-    rule = ', '.join(f'{k}={v}' for k,v in how.items() if v is not None)
-    return '\n'.join(['---', 'library_name: peft', 'tags:\n- lora\n- spectrum-merging', '---', '', '# LoRA of an update', '',
-        f"Made by spectrum-merging {__version__} from `{Path(model.label).name if model.files else 'weights in memory'}`, a fine-tuned "
-        f"version of `{Path(base.label).name if base.files else 'weights in memory'}`; singular directions by {rule}.", '',
-        f"{len(thin)} matrices with ranks {thin['rank'].min()} to {thin['rank'].max()}, in all {thin['rank'].sum()} directions "
-        f"of {rows.bytes.sum()/1e6:,.2f} MB; {int((rows.becomes=='saved').sum())} tensors are saved whole.", '',
-        '## Left out', '', *([f"- `{n}`: {b[10:]}{'' if c is None or c!=c else f' (change of length {c:.3g})'}" for n,b,c in zip(left.name, left.becomes, left.change)] or ['nothing']), ''])
-
-# %% ../nbs/63_extract.ipynb #00000015
+# %% ../nbs/63_extract.ipynb #00000018
 def summary(
     rows:pd.DataFrame, # From `extract`
 ) -> str: # For a terminal
