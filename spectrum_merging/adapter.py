@@ -168,7 +168,7 @@ def _shape_of(update, base, embedding):
     "Shape that the base's tensor must have"
     out,inn = update.shape
     if embedding: return inn,out
-    return (out, *update.inn.info.shape[1:]) if len(base.info.shape)==4 else base.info.shape if base.info.shape in (
+    return (out, *update.inn.info.shape[1:]) if len(base.info.shape)==len(update.inn.info.shape)>2 else base.info.shape if base.info.shape in (
         (out, inn), (inn, out)) else (out, inn)
 
 def _update(module, found, entries, base, config, label, turned, scale):

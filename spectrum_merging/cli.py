@@ -1,4 +1,4 @@
-"""Commands: `spectrum-scan`, `spectrum-merge`, `spectrum-verify`, `spectrum-bench`, `spectrum-run`, `spectrum-explore`
+"""Commands: `spectrum-scan`, `spectrum-merge`, `spectrum-extract`, `spectrum-verify`, `spectrum-bench`, `spectrum-run`, `spectrum-explore`
 
 Docs: nbs/95_cli.ipynb"""
 

@@ -333,3 +333,23 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)'''
         tmp_path/'base.safetensors', '--out', tmp_path/'o'], check=True, capture_output=True, text=True).stdout)
     assert peak < 350_000
     assert (tmp_path/'o'/'model.safetensors').stat().st_size > 350_000_000
+
+class _Conv(nn.Module):
+    def __init__(self, kernel):
+        super().__init__()
+        self.conv,self.line,self.norm = nn.Conv2d(16, 24, kernel),nn.Linear(24, 32),nn.LayerNorm(32)
+        self.flat,self.more = nn.Conv1d(16, 20, kernel),nn.Linear(32, 32)
+
+@pytest.mark.parametrize('kernel', (1, 3))
+def test_convolutions(kernel, tmp_path):
+    "Factors of four dimensions; a kernel of one is a matrix to the bit, larger ones to a rounding"
+    torch.manual_seed(0)
+    base = _Conv(kernel)
+    save_file(base.state_dict(), tmp_path/'base.safetensors')
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=['conv','flat','line']))
+    random_(model, 1)
+    model.save_pretrained(tmp_path/'a')
+    want = model.merge_and_unload().state_dict()
+    found = Checkpoint(tmp_path/'a', tmp_path/'base.safetensors')
+    for k in want: torch.testing.assert_close(found.read(k), want[k], rtol=1e-6, atol=1e-7)
+    if kernel==1: assert torch.equal(found.read('conv.weight'), want['conv.weight'])
