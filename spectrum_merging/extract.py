@@ -24,7 +24,7 @@ from .merge import check_out, load_task, merge
 from .operations import gram_svd
 from .parallel import Bar, map_single_threaded, n_cores
 from .rules import recipe
-from .spectrum import Matrix, Spectrum, noise_edge
+from .spectrum import Matrix, Spectrum, gram_eigs, noise_edge
 from .units import find_units, head_tasks
 from tempfile import TemporaryDirectory
 
@@ -53,8 +53,8 @@ def directions(
     "Leading singular triples of an update. Raises `ValueError` (estimator without an edge)"
     edged = rank is None and energy is None and threshold is None
     if not D.any(): return D[:, :0],np.zeros(0),D[:0],1.
-    u,s,v = gram_svd(D)
-    m,n = sorted(D.shape)
+    s,(m,n) = np.sqrt(gram_eigs(D)),sorted(D.shape)
+    s = s[s>s[0]*1e-7]
     found = recipe(estimator, 'estimator', 'estimator')(M=D, name='update') if min(D.shape)>1 and (edged or shrink) else None
     if found is not None and not isinstance(found, Spectrum):
         raise ValueError(f"estimator {estimator} finds no end of the noise: choose another")
@@ -62,7 +62,8 @@ def directions(
     elif rank is not None: k = min(rank, len(s))
     elif threshold is not None: k = int((s>threshold).sum())
     else: k = int(np.searchsorted(np.cumsum(s**2)/(s@s), energy-1e-12))+1
-    share,new = float((s[:k]@s[:k])/(s@s)),s[:k]
+    u,new,v = gram_svd(D, k) if k else (D[:, :0], np.zeros(0), D[:0])
+    k,share = len(new),float((new@new)/(s@s))
     if found is not None and found.sigma and (edged if shrink is None else shrink):
         # The noise of an edge that was drawn has no one level: one that ends there stands for it.
         level = (found.sigma if not found.edge_error else sqrt(found.edge/noise_edge(m, n)))*found.unit
