@@ -14,8 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fastcore.basics import patch
 from functools import cached_property
+from fastcore.basics import patch
 from math import prod
 from pathlib import Path
+from .adapter import adapted, looks_adapted, read_adapter
 from .arithmetic import codes, number_types
 from .files import InputFile
 from .formats import (first_bytes, foreign, foreign_folder, is_safetensors, is_training_state,
@@ -304,6 +306,12 @@ def _open_path(src):
     folder = _download(str(src))
     return *_open_model(folder),folder
 
+def _config(folder):
+    "A folder's configuration, or {}"
+    try: res = json.loads((folder/'config.json').read_text(encoding='utf-8'))
+    except (TypeError, OSError, ValueError, RecursionError): return {}
+    return res if isinstance(res, dict) else {}
+
 def _is_module(src): return (t := sys.modules.get('torch')) and isinstance(src, t.nn.Module)
 
 # %% ../nbs/10_checkpoint.ipynb #00000013
@@ -319,9 +327,10 @@ class Checkpoint:
     "Names, shapes and types of a model's tensors, and the tensors on demand"
     def __init__(self,
         src, # Module, mapping, file of weights, shard index, folder, hub id or `Checkpoint`
-    ):
+        base=None): # Likewise, where `src` is a PEFT adapter: the model that it was trained on
         "Open it. Raises `FileNotFoundError`, `TypeError`, `ValueError` (broken, runs code, empty)"
         self.aliases,self.notes = {},[] # Tied tensors: `{name: first name}`; what was decided by a guess
+        self.base,self.source = None,None # Of an adapter: its base, its folder
         self.label,self.folder = type(src).__name__,None # For messages; where the config files lie
         self.dequantised,self.constants = False,frozenset() # Whether computed from codes; what is no weight
         self.parts = () # Subfolders with weights
@@ -339,6 +348,7 @@ class Checkpoint:
                 "pass a module, a state dict, a path or a hub id")
         if not self._entries: raise ValueError(f"{self.label} holds no tensors")
         if isinstance(src, Checkpoint): return
+        self._adapt(base)
         self._entries,note = _understood(self.label, self._entries, self.config)
         self.notes,self.dequantised = self.notes+note,bool(note)
 
@@ -385,6 +395,40 @@ def read_into(
 ):
     "A part of a tensor as it is stored. Raises `KeyError`, `ValueError` (damaged)"
     self._entry(name).read_into(buf, start)
+
+# %% ../nbs/10_checkpoint.ipynb #ada00000
+@patch
+def _adapt(self:Checkpoint, base):
+    "Put an adapter on its base. Raises `ValueError` where it is none that can be merged, or without a base"
+    file = next((o.path for o in self._entries.values() if o.path), None)
+    folder = self.folder or file and file.parent
+    config = folder/'adapter_config.json' if folder else None
+    there = bool(config) and config.is_file() and file.name.startswith('adapter_model')
+    if config and self.folder and not there and any(self.folder.glob('adapter_model*')):
+        raise ValueError(f"{self.label} holds a full model and an adapter: name the file that you mean")
+    if not (there or looks_adapted(self._entries)): return
+    if not there:
+        raise ValueError(f"{self.label} holds tensors of an adapter and no adapter_config.json beside them: save it with "
+            "PEFT's save_pretrained and pass the folder, or a model in memory after merge_and_unload")
+    said = read_adapter(folder)
+    if base is None:
+        raise ValueError(f"{self.label} is a LoRA adapter, which is no model without its base: pass base= (--base) with the model "
+            f"that it was trained on; it says {str(said.get('base_model_name_or_path'))[:200]!r}")
+    base = Checkpoint(base)
+    if base.base is not None: raise ValueError(f"the base {base.label} is an adapter itself: pass a full model")
+    self.base,self.source,self.folder = base,folder,base.folder
+    self._entries,self.aliases = adapted(self._entries, said, config, base._entries, base.aliases,
+        _config(base.folder), self.label)
+
+@patch
+def update(self:Checkpoint,
+    name:str, # Tensor
+    base, # `Checkpoint`
+):
+    "The low-rank update (see `adapter`) that the tensor `name` is of `base`, or None where it is no such"
+    found = self._entry(name)
+    ours = getattr(found, 'update', None) is not None and base is not None and name in base
+    return found.update if ours and found.base is base._entry(name) else None
 
 # %% ../nbs/10_checkpoint.ipynb #0000001b
 def content_sha256(

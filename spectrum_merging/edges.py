@@ -197,7 +197,9 @@ def flip(
     edge = _edge_of(M, alpha, e.mean(), mean, scale)
     lower = _below_spikes(M, G, e, mean, scale, edge, alpha)
     edge,error,_ = lower or edge
-    return _made(e, m, n, unit, max(edge, floor), error, alpha, lower is not None)
+    # A matrix of low rank has no bulk that could fit: what is called noise is what its directions left over.
+    fits = lower is not None and bool(e[m//2] > rounding_level(M, e))
+    return _made(e, m, n, unit, max(edge, floor), error, alpha, fits)
 
 # %% ../nbs/02_edges.ipynb #00000013
 def balance(

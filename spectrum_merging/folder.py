@@ -31,9 +31,10 @@ def _source(ckpt):
     "Where a model lies, so that it can be opened again: a path, or a hub id with its revision"
     path,name = Path(ckpt.label).expanduser(),ckpt.label.partition('@')[0]
     if not ckpt.files: return dict(source=None)
-    if path.exists(): return dict(source=str(path.absolute()))
-    revision = re.search(r'/snapshots/([0-9a-f]{40})(?:/|$)', str(ckpt.folder or ''))
-    return dict(source=f'{name}@{revision[1]}' if revision else ckpt.label)
+    base = dict(base=_source(ckpt.base)['source']) if ckpt.base else {}
+    if path.exists(): return dict(source=str(path.absolute())) | base
+    revision = re.search(r'/snapshots/([0-9a-f]{40})(?:/|$)', str(ckpt.source or ckpt.folder or ''))
+    return dict(source=f'{name}@{revision[1]}' if revision else ckpt.label) | base
 
 def fingerprint(
     sources:dict, # `{name: Checkpoint}`

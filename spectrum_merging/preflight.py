@@ -39,7 +39,7 @@ def name_models(
         raise ValueError(f"model name {bad[0]!r} is taken or unusable: use plain words "
             f"other than {', '.join(row_columns)}, passes, reason, snr_…, without @ and slashes")
     base = None if base is None else Checkpoint(base)
-    return align({k: Checkpoint(o) for k,o in models.items()}, base)
+    return align({k: Checkpoint(o, base) for k,o in models.items()}, base)
 
 # %% ../nbs/38_preflight.ipynb #0000000a
 def listed(

@@ -54,6 +54,8 @@ def _part(name, ckpt, label, layout, i):
 
 def _matrix(name, model, base, layout, i):
     "What to measure: the weight itself, or in fp64 its difference from the base"
+    if update := model.update(name, base): # exact, where W − W₀ has the rounding of W
+        return Matrix(update.shape, [(name, update.piece)], number_types['float64'].eps)
     W = _part(name, model, name, layout, i)
     if base is None: return W
     return Matrix(W.shape, W.parts+_part(name, base, f'base {name}', layout, i).parts, number_types['float64'].eps)
@@ -96,8 +98,8 @@ def scan(
 ) -> pd.DataFrame: # One row per tensor: name, unit, role, shape, snr, more of `measure`, estimator, of, layout, matrices
     "Measure every matrix of a model, several of one tensor each by itself. Raises what `Checkpoint`, `measure` and `resolve_of` raise"
     what = recipe(estimator, 'estimator', 'estimator')
-    of,model = resolve_of(of, base),Checkpoint(model)
-    models,base = align(dict(model=model), Checkpoint(base) if of=='update' else None)
+    of,base = resolve_of(of, base),None if base is None else Checkpoint(base)
+    models,base = align(dict(model=Checkpoint(model, base)), base if of=='update' else None)
     model = models['model']
     infos,units = model.infos,find_units(model.infos, heads, model.aliases)
     laid = {k: flat_layout(o.shape) for k,o in infos.items()} if what.rule.flat else layouts(infos)

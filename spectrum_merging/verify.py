@@ -31,14 +31,14 @@ def _manifest(out):
         raise ValueError(f"{out}/merge.json was changed after the merge: its seal does not fit")
     return res
 
-def _open_source(name, told, given):
+def _open_source(name, told, given, base=None):
     "A source of a merge as a `Checkpoint`, from where it was or from what is given"
     if given is None and told['source'] is None:
         raise ValueError(f"{name} was merged from memory: pass it, models={{{name!r}: …}}")
-    try: return Checkpoint(told['source'] if given is None else given)
+    try: return Checkpoint(told['source'] if given is None else given, told.get('base') if base is None else base)
     except FileNotFoundError as e:
         raise FileNotFoundError(f"{name} is no longer at {told['source']} ({e}): "
-            "say where it is now, models={name: path}") from e
+            "say where it is now, models={name: path}" + ", base=path"*('base' in told)) from e
 
 def _input_checks(sources, told):
     "`(file, check, ok)` of every input file"
@@ -104,9 +104,12 @@ def verify(
     "Prove what is in a folder. Raises `FileNotFoundError`, `ValueError` (no such folder or input)"
     out,told = Path(out),_manifest(out)
     given = dict(models or {}, **({} if base is None else dict(base=base)))
-    if odd := set(given)-set(told['inputs']):
+    known = set(told['inputs']) | {'base' for o in told['inputs'].values() if 'base' in o}
+    if odd := set(given)-known:
         raise ValueError(f"the merge has no input {sorted(odd)[0]!r}: {', '.join(told['inputs'])}")
-    sources = {m: _open_source(m, o, given.get(m)) for m,o in told['inputs'].items()}
+    base = given.get('base')
+    if base is None and 'base' in told['inputs']: base = told['inputs']['base']['source']
+    sources = {m: _open_source(m, o, given.get(m), base) for m,o in told['inputs'].items()}
     plan = Plan.load(out/'plan.csv')
     grams = {m[6:]: o for m,o in sources.items() if m.startswith('grams@')}
     models,base = align({m: sources[m] for m in plan.models}, sources.get('base'))
