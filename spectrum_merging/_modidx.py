@@ -232,8 +232,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'spectrum_merging/checkpoint.py'),
                                              'spectrum_merging.checkpoint._Stored.tensor': ( 'checkpoint.html#_stored.tensor',
                                                                                              'spectrum_merging/checkpoint.py'),
-                                             'spectrum_merging.checkpoint._config': ( 'checkpoint.html#_config',
-                                                                                      'spectrum_merging/checkpoint.py'),
                                              'spectrum_merging.checkpoint._download': ( 'checkpoint.html#_download',
                                                                                         'spectrum_merging/checkpoint.py'),
                                              'spectrum_merging.checkpoint._entry': ( 'checkpoint.html#_entry',

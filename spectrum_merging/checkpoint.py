@@ -306,12 +306,6 @@ def _open_path(src):
     folder = _download(str(src))
     return *_open_model(folder),folder
 
-def _config(folder):
-    "A folder's configuration, or {}"
-    try: res = json.loads((folder/'config.json').read_text(encoding='utf-8'))
-    except (TypeError, OSError, ValueError, RecursionError): return {}
-    return res if isinstance(res, dict) else {}
-
 def _is_module(src): return (t := sys.modules.get('torch')) and isinstance(src, t.nn.Module)
 
 # %% ../nbs/10_checkpoint.ipynb #00000013
@@ -343,9 +337,7 @@ class Checkpoint:
             self.label = str(src)
             self._entries,self.aliases,self.notes,self.folder = _open_path(src)
             self.parts = _parts_of(src, self.folder)
-        else:
-            raise TypeError(f"cannot open a {type(src).__name__} as a model: "
-                "pass a module, a state dict, a path or a hub id")
+        else: raise TypeError(f"cannot open a {type(src).__name__} as a model: pass a module, a state dict, a path or a hub id")
         if not self._entries: raise ValueError(f"{self.label} holds no tensors")
         if isinstance(src, Checkpoint): return
         self._adapt(base)
@@ -374,8 +366,8 @@ class Checkpoint:
     def __len__(self): return len(self._entries)
     def __iter__(self): return iter(self._entries)
     def __contains__(self, name): return name in self._entries
-    def __repr__(self): return (f"Checkpoint({self.label}: {len(self)} tensors, "
-        f"{sum(o.numel for o in self.infos.values()):,} values)")
+    def __repr__(self):
+        return f"Checkpoint({self.label}: {len(self)} tensors, {sum(o.numel for o in self.infos.values()):,} values)"
 
 # %% ../nbs/10_checkpoint.ipynb #00000020
 @patch
@@ -418,7 +410,7 @@ def _adapt(self:Checkpoint, base):
     if base.base is not None: raise ValueError(f"the base {base.label} is an adapter itself: pass a full model")
     self.base,self.source,self.folder = base,folder,base.folder
     self._entries,self.aliases = adapted(self._entries, said, config, base._entries, base.aliases,
-        _config(base.folder), self.label)
+        read_config(base.folder), self.label)
 
 @patch
 def update(self:Checkpoint,

@@ -296,8 +296,7 @@ def write_folder(
             hashes = hashes.result()
         if any(o.files and fingerprint({m: o})[m]!=job['inputs'][m] for m,o in sources.items()):
             raise ValueError("an input file changed while it was being merged: merge again")
-        _finish(part, plan, files, _checksums(todo, part.done), sources, hashes, files_from,
-            results, notes, settings)
+        _finish(part, plan, files, _checksums(todo, part.done), sources, hashes, files_from, results, notes, settings)
     except KeyboardInterrupt:
         part.close()
         raise
