@@ -90,7 +90,7 @@ def config_conflicts(
     files_from:str=None, # Whose configuration counts; without it, a contradiction is a problem
 ) -> tuple: # `(field, problem, remedy)` of each contradiction, and sentences about what was decided
     "What in the configurations contradicts each other. Raises `ValueError` (a damaged file)"
-    found = {m: c for m,o in (models | ({'base': base} if base else {})).items() if (c := read_config(o.folder))}
+    found = {m: c for m,o in (models | ({'base': base} if base else {})).items() if o.folder and (c := o.config)}
     if len(found)<2: return [],[]
     first = files_from if files_from in found else next(iter(found))
     problems,noted = [],{}
@@ -150,19 +150,19 @@ def _with_dtype(config, dtype, top=True):
     return res | dict.fromkeys(keys or (['torch_dtype'] if top else []), dtype)
 
 def copy_beside(
-    folder, # Of a model
+    ck:Checkpoint, # A model
     to:Path, # Folder of the result
     dtype:str, # Type of the weights that were written
     **fields, # Of the configuration, None to drop one: tie_word_embeddings=False
 ):
     "Copy what lies beside the weights, the configuration brought up to date"
-    for o in files_beside(folder)[0]:
+    for o in files_beside(ck.folder)[0]:
         (to/o).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder/o, to/o)
+        shutil.copyfile(ck.folder/o, to/o)
     path = to/'config.json'
-    if not path.is_file(): return
-    config = json.loads(path.read_text(encoding='utf-8'))
+    if not path.is_file() or not ck.config: return
+    config = ck.config
     # a folder of sentence-transformers or timm may hold one that is not of transformers
     new = _with_dtype(config, dtype) if 'model_type' in config or {'dtype','torch_dtype'} & {*config} else config
     new = {k: v for k,v in (new | {k: v for k,v in fields.items() if v is not None}).items() if fields.get(k, 0) is not None}
-    if new!=config: write_json(path, new)
+    if new!=read_config(ck.folder): write_json(path, new)

@@ -17,7 +17,7 @@ from functools import cached_property
 from fastcore.basics import patch
 from math import prod
 from pathlib import Path
-from .adapter import adapted, looks_adapted, read_adapter
+from .adapter import adapted, adapted_config, looks_adapted, prefix_lost, read_adapter
 from .arithmetic import codes, number_types
 from .files import InputFile
 from .formats import (first_bytes, foreign, foreign_folder, is_safetensors, is_training_state,
@@ -320,26 +320,25 @@ def _understood(label, entries, config):
 class Checkpoint:
     "Names, shapes and types of a model's tensors, and the tensors on demand"
     def __init__(self,
-        src, # Module, mapping, file of weights, shard index, folder, hub id or `Checkpoint`
-        base=None): # Likewise, where `src` is a PEFT adapter: the model that it was trained on
+        src, # Module, mapping, file of weights, shard index, folder, PEFT adapter, hub id or `Checkpoint`
+        base=None): # Likewise: the model that an adapter was trained on
         "Open it. Raises `FileNotFoundError`, `TypeError`, `ValueError` (broken, runs code, empty)"
         self.aliases,self.notes = {},[] # Tied tensors: `{name: first name}`; what was decided by a guess
         self.base,self.source = None,None # Of an adapter: its base, its folder
         self.label,self.folder = type(src).__name__,None # For messages; where the config files lie
-        self.dequantised,self.constants = False,frozenset() # Whether computed from codes; what is no weight
-        self.parts = () # Subfolders with weights
+        # Whether computed from codes; what is no weight; subfolders with weights
+        self.dequantised,self.constants,self.parts = False,frozenset(),()
         if isinstance(src, Checkpoint): self.__dict__.update(src.__dict__)
         elif _is_module(src):
             self._entries,self.aliases = _hold(src.state_dict())
             self._module = type(src).__name__,getattr(src, 'config', None)
         elif isinstance(src, Mapping): self._entries,self.aliases = _hold(dict(src))
         elif isinstance(src, (str, Path)):
-            self.label = str(src)
             self._entries,self.aliases,self.notes,self.folder = _open_path(src)
-            self.parts = _parts_of(src, self.folder)
+            self.label,self.parts = str(src),_parts_of(src, self.folder)
         else: raise TypeError(f"cannot open a {type(src).__name__} as a model: pass a module, a state dict, a path or a hub id")
         if not self._entries: raise ValueError(f"{self.label} holds no tensors")
-        if isinstance(src, Checkpoint): return
+        if isinstance(src, Checkpoint): return # what follows was done when it was opened
         self._adapt(base)
         self._entries,note = _understood(self.label, self._entries, self.config)
         self.notes,self.dequantised = self.notes+note,bool(note)
@@ -347,8 +346,7 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict: # What `config.json` holds, or the configuration of a module; else empty
         name,own = self.__dict__.get('_module', (None, None))
-        if not hasattr(own, 'to_dict'): return read_config(self.folder)
-        return own.to_dict() | dict(architectures=[name])
+        return own.to_dict() | dict(architectures=[name]) if hasattr(own, 'to_dict') else read_config(self.folder)
 
     @cached_property
     def infos(self) -> dict: # `{name: TensorInfo}` in the source's order
@@ -408,9 +406,26 @@ def _adapt(self:Checkpoint, base):
             f"that it was trained on; it says {str(said.get('base_model_name_or_path'))[:200]!r}")
     base = Checkpoint(base)
     if base.base is not None: raise ValueError(f"the base {base.label} is an adapter itself: pass a full model")
-    self.base,self.source,self.folder = base,folder,base.folder
-    self._entries,self.aliases = adapted(self._entries, said, config, base._entries, base.aliases,
-        read_config(base.folder), self.label)
+    cut = prefix_lost(self._entries, base._entries, self.label)
+    found,ties = adapted(self._entries, said, config, base._entries, base.aliases, base.config, self.label)
+    if cut and any(k not in base for k in found): # a head lies beside the body, which then needs its name
+        names = {k: cut+k if k in base else k for k in found}
+        found,ties = {names[k]: v for k,v in found.items()},{names[k]: names[v] for k,v in ties.items()}
+        base = base.renamed(names)
+    self.base,self.source,self.folder,self._entries,self.aliases = base,folder,base.folder,found,ties
+    new = {k: v.info for k,v in found.items() if k not in base}
+    self.__dict__['config'] = adapted_config(base.config, said, new)
+
+@patch
+def renamed(self:Checkpoint,
+    names:dict, # `{name: new name}`; others stay
+) -> Checkpoint: # Reads the same files
+    "The same tensors by other names"
+    res = Checkpoint(self)
+    for k in ('infos','config'): res.__dict__.pop(k, None)
+    res._entries = {names.get(k, k): v for k,v in self._entries.items()}
+    res.aliases = {names.get(k, k): names.get(v, v) for k,v in self.aliases.items()}
+    return res
 
 @patch
 def update(self:Checkpoint,

@@ -119,7 +119,7 @@ def merge_cli(
     except KeyboardInterrupt as e:
         raise CliError("interrupted; the same command continues where it stopped") from e
     print(f'{_summary(table)}\nwritten to {out}; the decision for each tensor is in {out}/plan.csv')
-    for o in loading(table, models, files_from, out): print(o)
+    for o in loading(table, models, base, files_from, out): print(o)
 
 # %% ../nbs/95_cli.ipynb #ada00001
 @call_parse

@@ -118,7 +118,7 @@ def _write_heads(data, files, models, dtype, fields):
         task = Path(o.path).stem
         if not o.path.startswith('heads/') or not files_beside(models[task].folder)[0]: continue
         (data/'heads'/task).mkdir(exist_ok=True)
-        copy_beside(models[task].folder, data/'heads'/task, dtype, **fields)
+        copy_beside(models[task], data/'heads'/task, dtype, **fields)
         write_json(data/'heads'/task/'model.safetensors.index.json',
             _index(body | {f'../{task}.safetensors': o.rows}))
 
@@ -237,7 +237,7 @@ def _finish(part, plan, files, sums, sources, hashes, files_from, results, notes
     lead = leading_head(plan, models, files_from)
     lead = {o.path: o.rows for o in files if o.path==f'heads/{lead}.safetensors'}
     dtype,fields = _main_dtype(files),_fields(plan, models, sources)
-    copy_beside(models[files_from].folder, data, dtype, **fields)
+    copy_beside(models[files_from], data, dtype, **fields)
     if len(body)>1 or lead: write_json(data/'model.safetensors.index.json', _index(body | lead))
     _write_heads(data, files, models, dtype, fields)
     (data/'README.md').write_text(card(plan, sources, files_from, results, notes), encoding='utf-8')

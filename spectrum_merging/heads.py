@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from .checkpoint import Checkpoint
-from .formats import read_config
 from .units import is_head
 
 # %% ../nbs/37_heads.ipynb #00000006
@@ -21,7 +20,7 @@ def class_name(
 ) -> str: # 'BertForSequenceClassification'; '' where nothing says it
     "The class that a model was saved from: the module's own, or what its configuration names first"
     if ck.folder is None: return ck.label if re.fullmatch(r'[A-Z]\w*', ck.label) else ''
-    named = read_config(ck.folder).get('architectures')
+    named = ck.config.get('architectures')
     return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ''
 
 # %% ../nbs/37_heads.ipynb #00000009
@@ -88,8 +87,10 @@ def find_heads(
     sizes = _tops(infos)
     body = _body(sizes)
     if body is None: return Heads()
-    if _generative.search(name): return Heads((), f'{name} speaks a vocabulary that all share')
-    new = _absent(ck, base, body) if base else ()
+    trained = _absent(ck, ck.base, body) if ck.base is not None else () # of an adapter: saved whole beside its factors
+    if _generative.search(name):
+        return Heads(trained, 'saved with the adapter' if trained else f'{name} speaks a vocabulary that all share')
+    new = tuple(dict.fromkeys(trained+(_absent(ck, base, body) if base else ())))
     beside = tuple(k for k in sizes if k!=body)
     if 'For' in name and body.rpartition('.')[2] in ('encoder','decoder','layers'):
         # T5 and HGNet keep no pretrained network under one name: what is called a head is one, the rest is shared
@@ -117,7 +118,7 @@ def same_task(
 ) -> str: # Why; '' where that cannot be said
     "Whether configurations say that models were trained for one task: one class, one size, the same labels"
     said = [(class_name(o), c.get('id2label'), c.get('num_labels'), c.get('problem_type'))
-        for o in models.values() for c in [read_config(o.folder)] if o.folder]
+        for o in models.values() for c in [o.config] if o.folder]
     if len(said)<len(models) or not said[0][0] or any(o!=said[0] for o in said): return ''
     shapes = [{k: i.shape for k,i in o.infos.items()} for o in models.values()]
     if any(o!=shapes[0] for o in shapes): return ''

@@ -71,12 +71,12 @@ def merge(
 def loading(
     plan:Plan, # That was run
     models, # The models that it names: list or `{task: model}`
+    base=None, # Their base, where they are adapters
     files_from:str=None, # Model whose configuration and tokenizer the folder has; the first by default
     out='.', # The folder
 ) -> list: # Of sentences, one per task
     "How a merge is opened, for people"
-    found = {m: Checkpoint(o) for m,o in (models.items() if isinstance(models, dict) else zip(plan.models, models))}
-    return ways_to_load(plan, found, files_from or plan.models[0], out)
+    return ways_to_load(plan, name_models(models, base)[0], files_from or plan.models[0], out)
 
 def load_model(
     out, # Folder written by `merge`

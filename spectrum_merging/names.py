@@ -213,6 +213,8 @@ def align(
     base:Checkpoint=None, # Model that they were fine-tuned from
 ) -> tuple[dict, Checkpoint]: # The same with the first model's names and constants, and `notes` of it
     "One model's names for all. Raises `ValueError` for constants that differ or tensors joined in one"
+    # an adapter for a task may call its base's tensors otherwise than the base's file does
+    if base is not None: base = next((o.base for o in models.values() if o.base is not None), base)
     others = {**models, **({} if base is None else dict(base=base))}
     name,first = next(iter(models.items()))
     configs = [o.config for o in others.values()]
