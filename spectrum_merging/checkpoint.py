@@ -68,8 +68,7 @@ def _entry(file, start, k, v):
     try: code,shape,(a,b) = v['dtype'],v['shape'],v['data_offsets']
     except (KeyError, TypeError, ValueError): raise ValueError(f"{k} has no dtype, shape, offsets")
     if code not in codes:
-        raise TypeError(f"{file.path}: {k} has dtype {code}, which is not supported; "
-            "convert it to a float type")
+        raise TypeError(f"{file.path}: {k} has dtype {code}, which is not supported; convert it to a float type")
     if not all(type(o) is int and o>=0 for o in [*shape, a, b]):
         raise ValueError(f"{k} has shape {shape}, offsets {a}, {b}")
     info = TensorInfo(tuple(shape), codes[code])
@@ -102,8 +101,7 @@ def _open_file(path):
     try: return _header(InputFile(path))[0]
     except TypeError as e: raise ValueError(str(e)) from e
     except (ValueError, OSError, RecursionError) as e:
-        raise ValueError(f"{path} is no readable safetensors file ({e}): "
-            "download or export it again") from e
+        raise ValueError(f"{path} is no readable safetensors file ({e}): download or export it again") from e
 
 def file_metadata(
     path, # .safetensors file
@@ -138,8 +136,7 @@ def _hold(sd, path=None):
         raise TypeError(f"state dict entry {bad[0]!r} is a {type(sd[bad[0]]).__name__}: "
             "a checkpoint maps names to tensors")
     if meta := [k for k,v in sd.items() if v.is_meta]:
-        raise ValueError(f"{meta[0]} is on the meta device and has no values: "
-            "load the weights first")
+        raise ValueError(f"{meta[0]} is on the meta device and has no values: load the weights first")
     if odd := [k for k,v in sd.items() if str(v.dtype)[6:] not in number_types or v.is_sparse]:
         raise ValueError(f"{odd[0]} has dtype {sd[odd[0]].dtype}, layout {sd[odd[0]].layout}, "
             "which is not supported; convert it to a dense float type")
