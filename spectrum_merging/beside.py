@@ -70,6 +70,7 @@ def _counts(config): return {k: v for k,v in _flat(config).items() if not _silen
 
 def _read_as_loaded(config):
     "A configuration with all defaults, as the installed transformers fills them in; as it is where it cannot"
+    if 'model_type' not in config: return config # transformers takes a second to import, and torch with it
     try:
         from transformers import CONFIG_MAPPING
         return CONFIG_MAPPING[config['model_type']].from_dict(config).to_dict()
