@@ -162,7 +162,7 @@ def copy_beside(
         shutil.copyfile(ck.folder/o, to/o)
     path = to/'config.json'
     if not path.is_file() or not ck.config: return
-    config = ck.config
+    config = {k: v for k,v in ck.config.items() if k!='transformers_weights'} # names a file of the input
     # a folder of sentence-transformers or timm may hold one that is not of transformers
     new = _with_dtype(config, dtype) if 'model_type' in config or {'dtype','torch_dtype'} & {*config} else config
     new = {k: v for k,v in (new | {k: v for k,v in fields.items() if v is not None}).items() if fields.get(k, 0) is not None}

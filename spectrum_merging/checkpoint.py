@@ -207,8 +207,7 @@ def _open_shards(index):
             f"({why if where is None else 'no file names'}): it needs a JSON object "
             "with 'weight_map', which maps tensor names to files; download it again")
     if lost := sorted(o for o in set(where.values()) if not (index.parent/o).is_file()):
-        raise FileNotFoundError(f"{index} names missing shards: {', '.join(lost)}; "
-            "complete the download")
+        raise FileNotFoundError(f"{index} names missing shards: {', '.join(lost)}; complete the download")
     shards,tied,notes = {},{},[]
     for o in dict.fromkeys(where.values()):
         shards[o],ties,said = _open_one(index.parent/o)
@@ -228,6 +227,8 @@ def _open_shards(index):
 # %% ../nbs/10_checkpoint.ipynb #0000001e
 def _open_folder(d):
     "Entries, ties and notes of a Hugging Face folder"
+    index = d/'model.safetensors.index.json'
+    if index.is_file() and read_config(d).get('transformers_weights')==index.name: return _open_shards(index)
     for name in ('model.safetensors', 'pytorch_model.bin'):
         for f in (d/name, d/f'{name}.index.json'):
             if f.is_file(): return _open_one(f) if f.name==name else _open_shards(f)
@@ -239,8 +240,7 @@ def _open_folder(d):
         if len(files)==1: return _open_one(files[0])
         if what := files and foreign_folder(d): raise ValueError(what)
         if files:
-            raise FileNotFoundError(f"{d} holds {len(files)} {suffixes[0][1:]} files and no "
-                f"{name}.index.json: name one file")
+            raise FileNotFoundError(f"{d} holds {len(files)} {suffixes[0][1:]} files and no {name}.index.json: name one file")
     raise FileNotFoundError(foreign_folder(d)
         or f"{d} holds no model.safetensors, neither whole nor in shards")
 
@@ -248,15 +248,16 @@ def _open_folder(d):
 def _download(src):
     "Folder of the hub repository `src`, 'org/name' or 'org/name@revision'"
     from huggingface_hub import snapshot_download
-    # the same weights in other forms; everything else belongs to the model
-    other = ['*.h5', '*.msgpack', '*.onnx*', '*.gguf', '*.ot', '*.tflite', '*.ckpt*', '*.pt', '*.pth', 'original/*', 'onnx/*', 'openvino/*']
+    # weights in one form only; whatever tokenizers are kept in
+    wanted = ['*.safetensors', '*.json', '*.txt', '*.model', '*.jinja', '*.py', '*.spm', '*.tiktoken', '*.codes', '*.bpe', '*.vocab',
+        '*.dict', '*.yaml', '*.yml', '*.tsv', '*.cpp', '*.cu', 'vocab*', 'merges*', 'tokenizer*']
     repo,_,revision = src.partition('@')
-    def get(*more):
+    def get(patterns):
         pin = dict(revision=revision) if revision else {}
-        return Path(snapshot_download(repo, ignore_patterns=[*other, *more], **pin))
+        return Path(snapshot_download(repo, allow_patterns=patterns, **pin))
     try:
-        folder = get('*.bin')
-        return folder if any(folder.rglob('*.safetensors')) else get()
+        folder = get(wanted)
+        return folder if any(folder.rglob('*.safetensors')) else get(wanted+['*.bin'])
     except (OSError, ValueError) as e:
         raise FileNotFoundError(f"{src} is neither a path here "
             f"nor a hub id that can be reached now ({e})") from e
@@ -264,7 +265,8 @@ def _download(src):
 # %% ../nbs/10_checkpoint.ipynb #0000f031
 def _parts(d):
     "Subfolders with weights that `modules.json` of sentence-transformers names, '' for the folder itself"
-    try: told = json.loads((d/'modules.json').read_text(encoding='utf-8')) if (d/'modules.json').is_file() else []
+    if not (d/'modules.json').is_file(): return ['']
+    try: told = json.loads((d/'modules.json').read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as e: raise ValueError(f"{d}/modules.json is no JSON ({e}): download it again") from e
     if not isinstance(told, list) or not all(isinstance(o, dict) and isinstance(o.get('path'), str) for o in told):
         raise ValueError(f"{d}/modules.json does not list modules with their paths: download it again")
@@ -275,7 +277,6 @@ def _parts(d):
     return [o for o in paths if not o or weights(o)] or ['']
 
 def _parts_of(src, folder): return () if Path(src).expanduser().is_file() else tuple(filter(None, _parts(folder)))
-
 def _open_model(d):
     "Entries, ties and notes of a folder, with those of its subfolders as `folder/name`"
     entries,ties,notes = {},{},[]

@@ -237,7 +237,9 @@ def _finish(part, plan, files, sums, sources, hashes, files_from, results, notes
     lead = leading_head(plan, models, files_from)
     lead = {o.path: o.rows for o in files if o.path==f'heads/{lead}.safetensors'}
     dtype,fields = _main_dtype(files),_fields(plan, models, sources)
-    copy_beside(models[files_from], data, dtype, **fields)
+    # transformers takes model.safetensors before an index, unless the configuration names the index
+    index = dict(transformers_weights='model.safetensors.index.json') if lead and len(body)==1 else {}
+    copy_beside(models[files_from], data, dtype, **fields, **index)
     if len(body)>1 or lead: write_json(data/'model.safetensors.index.json', _index(body | lead))
     _write_heads(data, files, models, dtype, fields)
     (data/'README.md').write_text(card(plan, sources, files_from, results, notes), encoding='utf-8')
@@ -272,12 +274,11 @@ def write_folder(
     files_from = files_from or plan.models[0]
     if files_from not in plan.models:
         raise ValueError(f"files_from is {files_from!r}: choose one of {', '.join(plan.models)}")
-    numbered = bool(leading_head(plan, sources, files_from))
-    files,todo = outputs(rows, shard_size, numbered),pieces(rows)
+    files,todo = outputs(rows, shard_size),pieces(rows)
     blank = metadata(plan, sources, None)
     blanks = {o.path: o.header(blank) for o in files}
     heads = {k: len(v) for k,v in blanks.items()}
-    settings = settings | dict(shard_size=shard_size, files_from=files_from, numbered=numbered)
+    settings = settings | dict(shard_size=shard_size, files_from=files_from)
     job = dict(version=__version__, plan=plan.digest, meta=plan.meta, settings=settings,
         block=[BLOCK, PIECE], rows=[[r.name, r.info.dtype] for r in rows],
         inputs=fingerprint(sources))

@@ -166,7 +166,6 @@ def _output(path, rows):
 def outputs(
     rows:list, # Of `Row`
     shard_size:int, # Largest number of bytes of a file of the body
-    numbered:bool=False, # Whether one file is numbered like several, because an index names it
 ) -> list: # Of `Output`
     "Files of the result: the body, in shards where it is large, and `heads/<task>.safetensors`"
     body,heads,parts,shards,room = [r for r in rows if not (r.head or r.part)],{},{},[[]],shard_size
@@ -180,7 +179,7 @@ def outputs(
         if r.head: heads.setdefault(r.head, []).append(r)
         elif r.part: parts.setdefault(r.part, []).append(r)
     n = len(shards)
-    names = ['model.safetensors'] if n==1 and not numbered else [
+    names = ['model.safetensors'] if n==1 else [
         f'model-{i+1:05}-of-{n:05}.safetensors' for i in range(n)]
     return [_output(*o) for o in zip(names, shards) if o[1]] + [
         _output(f'{part}/model.safetensors', o) for part,o in parts.items()] + [

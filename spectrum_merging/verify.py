@@ -116,7 +116,7 @@ def verify(
     sources |= models | ({} if base is None else dict(base=base))
     rows = plan_rows(plan, models, base, told['dtype'], grams)
     rows = [r for r in rows if r.name not in told['tied']]
-    files = outputs(rows, told['shard_size'], told.get('numbered', False))
+    files = outputs(rows, told['shard_size'])
     meta = metadata(plan, sources, {m: o['sha256'] for m,o in told['inputs'].items()},
         told['made_by'])
     res = [(f, '', '', check, ok) for f,check,ok in [*_input_checks(sources, told['inputs']),

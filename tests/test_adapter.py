@@ -213,7 +213,7 @@ def test_extract_command_and_as_adapter(tmp_path, run):
     assert not code, said
     found = Checkpoint(tmp_path/'m', base)
     assert set(found)==set(x) and sorted(p.name for p in tmp_path.glob('.*'))==[]
-    code,said = run('spectrum-merge', a, b, '--base', base, '--out', tmp_path/'t', '--as-adapter')
+    code,said = run('spectrum-merge', f'a={a}', f'b={b}', '--base', base, '--out', tmp_path/'t', '--as-adapter')
     assert not code, said
     assert sorted(p.name for p in (tmp_path/'t').iterdir())==['a', 'b']
     assert torch.equal(Checkpoint(tmp_path/'t'/'b', base).read('classifier.weight'), y['classifier.weight'])
@@ -310,8 +310,9 @@ def test_pickled_and_other_prefixes(adapter_pair, tmp_path):
     same(Checkpoint(x, base), want)
     bare = {k.removeprefix('bert.'): v for k,v in load_file(base/'model.safetensors').items() if k.startswith('bert.')}
     found = Checkpoint(a, bare)
-    assert set(found)-set(bare)=={'classifier.weight','classifier.bias'}
-    for k in bare: assert torch.equal(found.read(k), want[f'bert.{k}'])
+    # a head lies beside the body, which then needs the name that the class gives it
+    assert set(found)=={'classifier.weight','classifier.bias', *(f'bert.{k}' for k in bare)}
+    for k in found: assert torch.equal(found.read(k), want[k])
     half = edited(a, tmp_path/'half')
     save_file({k: v.bfloat16() for k,v in sd.items()}, half/'adapter_model.safetensors')
     again = peft.PeftModel.from_pretrained(tf.BertForSequenceClassification.from_pretrained(base), half).merge_and_unload().state_dict()
@@ -353,3 +354,24 @@ def test_convolutions(kernel, tmp_path):
     found = Checkpoint(tmp_path/'a', tmp_path/'base.safetensors')
     for k in want: torch.testing.assert_close(found.read(k), want[k], rtol=1e-6, atol=1e-7)
     if kernel==1: assert torch.equal(found.read('conv.weight'), want['conv.weight'])
+
+@pytest.mark.parametrize('cls', ['BertModel','BertForSequenceClassification'])
+def test_adapters_for_tasks_on_a_base_without_head(cls, tmp_path):
+    "Merged, they are classifiers with their own numbers of labels, whatever class the base was saved from; logits as PEFT's"
+    from peft import LoraConfig, get_peft_model
+    from spectrum_merging.merge import load_model
+    c = tf.BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+    torch.manual_seed(0)
+    getattr(tf, cls)(c).save_pretrained(tmp_path/'base')
+    ids,want = torch.arange(5, 13)[None],{}
+    for i,(k,n) in enumerate(dict(mood=3, topic=5).items()):
+        torch.manual_seed(i+1)
+        m = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path/'base', num_labels=n, ignore_mismatched_sizes=True)
+        get_peft_model(m, LoraConfig(task_type='SEQ_CLS', r=2, target_modules=['query','value'])).save_pretrained(tmp_path/k)
+        want[k] = m
+    paths = {k: tmp_path/k for k in want}
+    out = merge(make_plan('standard', paths, tmp_path/'base'), paths, tmp_path/'base', out=tmp_path/'out')
+    for k,m in want.items(): # the factors start at zero: bodies are the base
+        got = load_model(out, k)
+        assert got.config.num_labels==m.config.num_labels
+        with torch.no_grad(): torch.testing.assert_close(got(ids).logits, m.eval()(ids).logits, atol=1e-5, rtol=1e-5)
