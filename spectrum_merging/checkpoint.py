@@ -411,7 +411,7 @@ def _adapt(self:Checkpoint, base):
         found,ties = {names[k]: v for k,v in found.items()},{names[k]: names[v] for k,v in ties.items()}
         base = base.renamed(names)
     self.base,self.source,self.folder,self._entries,self.aliases = base,folder,base.folder,found,ties
-    new = {k: v.info for k,v in found.items() if k not in base}
+    new = {k: v.info for k,v in found.items() if k not in base or base.infos[k].shape!=v.info.shape}
     self.__dict__['config'] = adapted_config(base.config, said, new)
 
 @patch

@@ -238,7 +238,8 @@ def _finish(part, plan, files, sums, sources, hashes, files_from, results, notes
     lead = {o.path: o.rows for o in files if o.path==f'heads/{lead}.safetensors'}
     dtype,fields = _main_dtype(files),_fields(plan, models, sources)
     # transformers takes model.safetensors before an index, unless the configuration names the index
-    index = dict(transformers_weights='model.safetensors.index.json') if lead and len(body)==1 else {}
+    single = lead and len(body)==1 and 'model_type' in models[files_from].config
+    index = dict(transformers_weights='model.safetensors.index.json') if single else {}
     copy_beside(models[files_from], data, dtype, **fields, **index)
     if len(body)>1 or lead: write_json(data/'model.safetensors.index.json', _index(body | lead))
     _write_heads(data, files, models, dtype, fields)
