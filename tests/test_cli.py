@@ -52,7 +52,8 @@ def test_merge_loads_in_transformers(models, tmp_path):
     text = run('spectrum-merge', f"mood={models/'mood'}", f"topic={models/'topic'}",
         '--base', models/'base', '--strategy', 'snr_winner', '--top', 50, '--out', out)
     assert 'plan.csv' in text
-    model = BertForSequenceClassification.from_pretrained(out, num_labels=3)
+    assert BertForSequenceClassification.from_pretrained(out).config.num_labels==2 # the first task, with its own head
+    model = BertForSequenceClassification.from_pretrained(out/'heads'/'topic')
     assert set(load_task(out, 'topic'))==set(model.state_dict())
     model.load_state_dict(load_task(out, 'topic'))
     topic = load_file(models/'topic/model.safetensors')
