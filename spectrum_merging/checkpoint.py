@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fastcore.basics import patch
 from functools import cached_property
-from fastcore.basics import patch
 from math import prod
 from pathlib import Path
 from .adapter import adapted, adapted_config, looks_adapted, prefix_lost, read_adapter

@@ -175,9 +175,10 @@ def guesses(
     laid = doubtful(layouts({k: first.infos[k] for k in units.index if k not in first.aliases}))
     return [*head_notes(found, units, list(models)), *opened, *[laid]*bool(laid), *slips(models, base)]
 
-def _beside_problems(models, base, files_from):
-    "What configurations and tokenizers contradict each other in"
-    return config_conflicts(models, base, files_from)[0]+tokenizer_conflicts(models, base)[0]
+def _conflicts(models, base, files_from):
+    "What configurations and tokenizers contradict each other in, and what was decided about the rest"
+    found = config_conflicts(models, base, files_from),tokenizer_conflicts(models, base)
+    return [o for problems,_ in found for o in problems],[o for _,notes in found for o in notes]
 
 def beside_notes(
     models:dict, # `{name: Checkpoint}`
@@ -185,12 +186,11 @@ def beside_notes(
     files_from:str=None, # Model whose configuration and tokenizer are taken; the first by default
 ) -> list: # Of sentences
     "What was decided about configuration, tokenizer and other files. Raises `PreflightError` where they contradict"
-    problems,notes = config_conflicts(models, base, files_from)
-    odd,more = tokenizer_conflicts(models, base)
-    if problems+odd: raise PreflightError(problems+odd)
+    problems,notes = _conflicts(models, base, files_from)
+    if problems: raise PreflightError(problems)
     first = files_from if files_from in models else next(iter(models))
     left = files_beside(models[first].folder)[1]
-    return notes+more+([f"not copied from {first}: {', '.join(f'{k} ({why})' for k,why in left.items())}"] if left else [])
+    return notes+([f"not copied from {first}: {', '.join(f'{k} ({why})' for k,why in left.items())}"] if left else [])
 
 # %% ../nbs/38_preflight.ipynb #0000f004
 # Enough numbers of a tensor to tell its length to a few per cent, and no more than a page of a file.
@@ -258,7 +258,7 @@ def preflight(
     units.loc[[k for k in units.index if k in ck.constants], 'role'] = 'buffer'
     others = {k: o for k,o in models.items() if k!=name} | (dict(base=base) if base else {})
     problems = [p for k,o in others.items() for p in _pair_problems(name, ck, k, o, units)]
-    problems += _beside_problems(models, base, files_from)
+    problems += _conflicts(models, base, files_from)[0]
     if out is not None: problems += out_problems(out, sum(o.nbytes for o in first.values()))
     if problems: raise PreflightError(problems)
     if all(units.role=='head'):
