@@ -12,13 +12,12 @@ import json, os, re, shutil
 from pathlib import Path
 from .checkpoint import Checkpoint
 from .files import write_json
-from .formats import read_config
+from .formats import is_training_state, read_config
 
 # %% ../nbs/39_beside.ipynb #00000006
 _weights = re.compile(r'\.(safetensors|bin|pt|pth|ckpt|h5|hdf5|msgpack|gguf|ggml|onnx|onnx_data|ot|tflite|pkl|pickle|'
     r'distcp|mlmodel|npz|npy|tar)$|\.pth\.tar$|\.(safetensors|bin|pt|pth|h5|msgpack)\.index\.json$')
-_training = re.compile(r'(optimizer|scheduler|rng_state|random_states|scaler|training_args|events\.out\.tfevents)[^/]*$|'
-    r'(trainer_state|(all|train|eval|test|predict)_results)\.json$|(zero_to_fp32\.py|latest)$')
+_logs = re.compile(r'events\.out\.tfevents|((all|train|eval|test|predict)_results\.json|zero_to_fp32\.py|latest)$')
 _training_folder = re.compile(r'(checkpoint-\d+|global_step\d+|runs|logs|wandb|mlruns|lightning_logs|__pycache__|heads)$')
 _made = 'merge.json','plan.csv','README.md'
 
@@ -42,7 +41,7 @@ def files_beside(
         for name in sorted(names):
             path = Path(at)/name
             short = path.relative_to(folder)
-            if name[0]=='.' or _weights.search(name) or _training.match(name) or short.as_posix() in _made: continue
+            if name[0]=='.' or _weights.search(name) or is_training_state(name) or _logs.match(name) or short.as_posix() in _made: continue
             if not _within(path, folder): left[short.as_posix()] = 'a link that leaves its folder'
             elif not path.is_file(): left[short.as_posix()] = 'no regular file'
             elif path.stat().st_size>_too_large: left[short.as_posix()] = f'{path.stat().st_size/1e9:.1f} GB'

@@ -20,7 +20,7 @@ from .adapter import adapted, adapted_config, looks_adapted, prefix_lost, read_a
 from .arithmetic import codes, number_types
 from .files import InputFile
 from .formats import (first_bytes, foreign, foreign_folder, is_safetensors, is_training_state,
-    placeholders, read_config, state_in, tied_names)
+    placeholders, read_config, state_in, tied_names, weight_folders)
 from .quantised import dequantised
 
 
@@ -262,41 +262,27 @@ def _download(src):
             f"nor a hub id that can be reached now ({e})") from e
 
 # %% ../nbs/10_checkpoint.ipynb #0000f031
-def _parts(d):
-    "Subfolders with weights that `modules.json` of sentence-transformers names, '' for the folder itself"
-    if not (d/'modules.json').is_file(): return ['']
-    try: told = json.loads((d/'modules.json').read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as e: raise ValueError(f"{d}/modules.json is no JSON ({e}): download it again") from e
-    if not isinstance(told, list) or not all(isinstance(o, dict) and isinstance(o.get('path'), str) for o in told):
-        raise ValueError(f"{d}/modules.json does not list modules with their paths: download it again")
-    paths = [o['path'].rstrip('/') for o in told]
-    if bad := [o for o in paths if o!=Path(o).name and o or o in ('.', '..')]:
-        raise ValueError(f"{d}/modules.json names {bad[0]!r}, which is no folder beside it")
-    def weights(o): return any(any((d/o).glob(f'*{k}')) for k in ('.safetensors', '.bin'))
-    return [o for o in paths if not o or weights(o)] or ['']
-
-def _parts_of(src, folder): return () if Path(src).expanduser().is_file() else tuple(filter(None, _parts(folder)))
 def _open_model(d):
-    "Entries, ties and notes of a folder, with those of its subfolders as `folder/name`"
-    entries,ties,notes = {},{},[]
-    for o in _parts(d):
+    "Entries, ties and notes of a folder, with those of its subfolders as `folder/name`, and these"
+    entries,ties,notes,parts = {},{},[],weight_folders(d)
+    for o in parts:
         found,tied,said = _open_folder(d/o)
         at = f'{o}/' if o else ''
         entries |= {at+k: v for k,v in found.items()}
         ties |= {at+k: at+v for k,v in tied.items()}
         notes += said
-    return entries,ties,notes
+    return entries,ties,notes,tuple(filter(None, parts))
 
 def _open_path(src):
-    "Entries, ties, notes and folder of a file, a folder or a hub id"
+    "Entries, ties, notes, subfolders and folder of a file, a folder or a hub id"
     p = Path(src).expanduser()
     if p.is_dir(): return *_open_model(p),p
     if p.is_file():
-        if p.name.endswith('.index.json'): return *_open_shards(p),p.parent
+        if p.name.endswith('.index.json'): return *_open_shards(p),(),p.parent
         if p.suffix not in ('.safetensors', *_pickled):
             raise ValueError(foreign(p) or f"{p} is no file of weights: "
                 "pass a .safetensors, .bin, .pt, .pth or .ckpt file, or a folder that holds one")
-        return *_open_one(p),p.parent if (p.parent/'config.json').is_file() else None
+        return *_open_one(p),(),p.parent if (p.parent/'config.json').is_file() else None
     if isinstance(src, Path) or len(p.parts)!=2 or str(src).startswith(('/','.','~')):
         raise FileNotFoundError(f"{src} does not exist: pass a .safetensors file, "
             "a folder that holds one, or a hub id like 'org/name'")
@@ -331,8 +317,8 @@ class Checkpoint:
             self._module = type(src).__name__,getattr(src, 'config', None)
         elif isinstance(src, Mapping): self._entries,self.aliases = _hold(dict(src))
         elif isinstance(src, (str, Path)):
-            self._entries,self.aliases,self.notes,self.folder = _open_path(src)
-            self.label,self.parts = str(src),_parts_of(src, self.folder)
+            self._entries,self.aliases,self.notes,self.parts,self.folder = _open_path(src)
+            self.label = str(src)
         else: raise TypeError(f"cannot open a {type(src).__name__} as a model: pass a module, a state dict, a path or a hub id")
         if not self._entries: raise ValueError(f"{self.label} holds no tensors")
         if isinstance(src, Checkpoint): return # what follows was done when it was opened
@@ -433,6 +419,15 @@ def update(self:Checkpoint,
     found = self._entry(name)
     ours = getattr(found, 'update', None) is not None and base is not None and name in base
     return found.update if ours and found.base is base._entry(name) else None
+
+# %% ../nbs/10_checkpoint.ipynb #ada00001
+@patch
+def holds(self:Checkpoint,
+    name:str, # Tensor
+    other, # `Checkpoint`
+) -> bool:
+    "Whether the tensor `name` is the very one of `other`, as what an adapter leaves as it was is its base's"
+    return name in self and name in other and self._entry(name) is other._entry(name)
 
 # %% ../nbs/10_checkpoint.ipynb #0000001b
 def content_sha256(

@@ -6,7 +6,7 @@ Docs: nbs/09_formats.ipynb"""
 
 # %% auto #0
 __all__ = ['first_bytes', 'is_safetensors', 'is_pickle', 'foreign', 'foreign_folder', 'is_training_state', 'placeholders',
-           'state_in', 'read_config', 'tied_names']
+           'state_in', 'read_config', 'weight_folders', 'tied_names']
 
 # %% ../nbs/09_formats.ipynb #00000003
 import json, re, zipfile
@@ -194,6 +194,22 @@ def read_config(
     try: res = json.loads(path.read_text(encoding='utf-8')) if folder and path.is_file() else {}
     except (OSError, ValueError, RecursionError): return {}
     return res if isinstance(res, dict) else {}
+
+# %% ../nbs/09_formats.ipynb #0000f0a1
+def weight_folders(
+    d:Path, # Folder of a model
+) -> list: # Their names
+    "Subfolders with weights that `modules.json` of sentence-transformers names, '' for the folder itself. Raises `ValueError`"
+    if not (d/'modules.json').is_file(): return ['']
+    try: told = json.loads((d/'modules.json').read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as e: raise ValueError(f"{d}/modules.json is no JSON ({e}): download it again") from e
+    if not isinstance(told, list) or not all(isinstance(o, dict) and isinstance(o.get('path'), str) for o in told):
+        raise ValueError(f"{d}/modules.json does not list modules with their paths: download it again")
+    paths = [o['path'].rstrip('/') for o in told]
+    if bad := [o for o in paths if o!=Path(o).name and o or o in ('.', '..')]:
+        raise ValueError(f"{d}/modules.json names {bad[0]!r}, which is no folder beside it")
+    def weights(o): return any(any((d/o).glob(f'*{k}')) for k in ('.safetensors', '.bin'))
+    return [o for o in paths if not o or weights(o)] or ['']
 
 # %% ../nbs/09_formats.ipynb #0000001d
 def tied_names(

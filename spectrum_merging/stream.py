@@ -52,7 +52,10 @@ def _row(plan, row, models, sources, dtype, laid):
     info = sources[next((m for m in coefs if m!='base'), 'base')].infos[k]
     if dtype and info.is_float and row['role']!='buffer': info = TensorInfo(info.shape, dtype)
     same = tuple(m for m in models if k in models[m]) if row['role']=='buffer' else ()
-    moments = row['op']!='linear' and recipe(row['op'], 'matrix').rule.asks('grams')
+    rule = None if row['op']=='linear' else recipe(row['op'], 'matrix').rule
+    if rule and rule.adds and all(sources[m].holds(k, sources['base']) for m in coefs): # of adapters elsewhere: no update
+        return Row(row['name'], k, info, dict(base=1.), part=next((p for p in sources['base'].parts if k.startswith(p+'/')), ''))
+    moments = rule and rule.asks('grams')
     grams = [f'grams@{m}' for m in coefs if m!='base'] if moments else ()
     part = next((p for m in coefs for p in sources[m].parts if k.startswith(p+'/')), '')
     layout = laid[next(m for m in coefs if m!='base')][k] if row['op']!='linear' else None

@@ -8,6 +8,7 @@ from spectrum_merging.checkpoint import Checkpoint
 from spectrum_merging.merge import merge
 from spectrum_merging.plan import make_plan
 from spectrum_merging.scan import scan
+from spectrum_merging.stream import plan_rows
 from spectrum_merging.verify import verify
 
 peft = pytest.importorskip('peft')
@@ -130,6 +131,17 @@ def test_mixed_with_full_models(strategy, tmp_path):
     os.rename(base, tmp_path/'moved')
     with pytest.raises(FileNotFoundError): verify(out)
     assert verify(out, base=tmp_path/'moved').ok.all()
+
+def test_untouched_tensors_are_copied(tmp_path):
+    "What no adapter changes is the base's, and no operation is run for it"
+    base,a,b,_,_ = two(tmp_path, 'llama', torch.bfloat16, r=2, target_modules=['q_proj'])
+    plan = make_plan('ties', [a, b], base)
+    own = Checkpoint(base)
+    rows = plan_rows(plan, {k: Checkpoint(o, own) for k,o in dict(a=a, b=b).items()}, own)
+    assert {r.key for r in rows if r.coefs!={'base': 1.}}=={k for k in own if 'q_proj' in k}
+    found,start = load_file(merge(plan, [a, b], base, tmp_path/'out')/'model.safetensors'),load_file(base/'model.safetensors')
+    assert all(torch.equal(v, start[k])==('q_proj' not in k) for k,v in found.items())
+    assert verify(tmp_path/'out', all=True).ok.all()
 
 def test_blocks_do_not_matter(tmp_path):
     base,a,_ = make(tmp_path, 'llama', r=8, target_modules='all-linear')

@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 import pytest
-from spectrum_merging.lab import inside, run as lab_run
+from spectrum_merging.lab import inside, run as lab_run, tasks as lab_tasks, texts as lab_texts
 from spectrum_merging.lab.images import ImageBudget
 from spectrum_merging.lab.parts import grid_rows
 from spectrum_merging.lab.tasks import digits_tasks, generated_texts
@@ -31,11 +31,12 @@ def tiny_vision():
         candidates={k: o for k,o in few.items() if k not in ('regmean','matched')}, grid=grid,
         parts=tuple(replace(o, rows=grid) if o.name=='grid' else o for o in lab_run.vision.parts))
 
+tiny_text = TextBudget(steps=60, max_epochs=4, lr=2e-3, batch=32, train=480, test=60, calibration=32)
+
 def tiny_texts(one, *names):
     "The experiment on generated sentences, one setting per method"
-    budget = TextBudget(steps=60, max_epochs=4, lr=2e-3, batch=32, train=480, test=60, calibration=32)
     return replace(one, kind=TinyTexts(), load=lambda root, cache=None: generated_texts(names), candidates=few,
-        budgets=dict(full=budget))
+        budgets=dict(full=tiny_text))
 
 def tiny_uses(one, *names):
     "One use, of texts"
@@ -59,6 +60,8 @@ def tiny(monkeypatch, cache):
             signal_text=tiny_texts(lab_run.signal_text, 'SST-2', 'Emotion', 'CoLA'),
             where_snr=[tiny_uses(o, *names) for o,names in zip(lab_run.where_snr[1:], pairs)]).items():
         monkeypatch.setattr(lab_run, k, o)
+    for place,k,o in [(lab_tasks, 'load_texts', generated_texts), (lab_texts, 'find_base', lambda *_: tiny_base(cache)),
+            (lab_texts, 'full_text', tiny_text)]: monkeypatch.setattr(place, k, o)
     monkeypatch.setattr(inside, 'rough_budgets', lambda b: dict(list(recipes(b).items())[:1]))
     for k in 'SPECTRUM_DATA','SPECTRUM_CACHE': monkeypatch.setenv(k, str(cache))
 
