@@ -19,7 +19,7 @@ from pathlib import Path
 from .adapter import adapted, adapted_config, looks_adapted, prefix_lost, read_adapter
 from .arithmetic import codes, number_types
 from .files import InputFile
-from .formats import (first_bytes, foreign, foreign_folder, is_safetensors, is_training_state,
+from .formats import (against_class, downloaded, first_bytes, foreign, foreign_folder, is_safetensors, is_training_state,
     placeholders, read_config, state_in, tied_names, weight_folders)
 from .quantised import dequantised
 
@@ -243,24 +243,6 @@ def _open_folder(d):
     raise FileNotFoundError(foreign_folder(d)
         or f"{d} holds no model.safetensors, neither whole nor in shards")
 
-# %% ../nbs/10_checkpoint.ipynb #00000011
-def _download(src):
-    "Folder of the hub repository `src`, 'org/name' or 'org/name@revision'"
-    from huggingface_hub import snapshot_download
-    # weights in one form only; whatever tokenizers are kept in
-    wanted = ['*.safetensors', '*.json', '*.txt', '*.model', '*.jinja', '*.py', '*.spm', '*.tiktoken', '*.codes', '*.bpe', '*.vocab',
-        '*.dict', '*.yaml', '*.yml', '*.tsv', '*.cpp', '*.cu', 'vocab*', 'merges*', 'tokenizer*']
-    repo,_,revision = src.partition('@')
-    def get(patterns):
-        pin = dict(revision=revision) if revision else {}
-        return Path(snapshot_download(repo, allow_patterns=patterns, **pin))
-    try:
-        folder = get(wanted)
-        return folder if any(folder.rglob('*.safetensors')) else get(wanted+['*.bin'])
-    except (OSError, ValueError) as e:
-        raise FileNotFoundError(f"{src} is neither a path here "
-            f"nor a hub id that can be reached now ({e})") from e
-
 # %% ../nbs/10_checkpoint.ipynb #0000f031
 def _open_model(d):
     "Entries, ties and notes of a folder, with those of its subfolders as `folder/name`, and these"
@@ -286,7 +268,7 @@ def _open_path(src):
     if isinstance(src, Path) or len(p.parts)!=2 or str(src).startswith(('/','.','~')):
         raise FileNotFoundError(f"{src} does not exist: pass a .safetensors file, "
             "a folder that holds one, or a hub id like 'org/name'")
-    folder = _download(str(src))
+    folder = downloaded(str(src))
     return *_open_model(folder),folder
 
 def _is_module(src): return (t := sys.modules.get('torch')) and isinstance(src, t.nn.Module)
@@ -398,14 +380,33 @@ def _adapt(self:Checkpoint, base):
     self.base,self.source,self.folder,self._entries,self.aliases = base,folder,base.folder,found,ties
     new = {k: v.info for k,v in found.items() if k not in base or base.infos[k].shape!=v.info.shape}
     self.__dict__['config'] = adapted_config(base.config, said, new)
+    self._of_class(base.config)
 
+# %% ../nbs/10_checkpoint.ipynb #ada00002
+@patch
+def _of_class(self:Checkpoint, before):
+    "Leave out what an adapter's class for a task has not. Raises `ValueError` where it lacks weights"
+    was,now = ((o.get('architectures') or [''])[0] for o in (before, self.config))
+    if was==now or was.endswith('Model'): return
+    lost,extra = against_class(self.config, self._entries)
+    if lost: raise ValueError(f"{self.label} and its base lack {', '.join(lost[:3])}, which {now} has: these were random when the adapter "
+        "was trained, and PEFT did not keep them; train it with modules_to_save naming them, or on a base that holds them")
+    if not extra: return
+    self.base = Checkpoint(self.base)
+    self.base.__dict__.pop('infos', None)
+    for o in (self, self.base):
+        o._entries = {k: v for k,v in o._entries.items() if k not in extra}
+        o.aliases = {k: v for k,v in o.aliases.items() if k not in extra and v not in extra}
+    self.notes = [*self.notes, f"{self.label}: {', '.join(extra[:3])}{' …' if len(extra)>3 else ''} of the base left out, {now} has no such"]
+
+# %% ../nbs/10_checkpoint.ipynb #ada00003
 @patch
 def renamed(self:Checkpoint,
     names:dict, # `{name: new name}`; others stay
 ) -> Checkpoint: # Reads the same files
     "The same tensors by other names"
     res = Checkpoint(self)
-    for k in ('infos','config'): res.__dict__.pop(k, None)
+    res.__dict__.pop('infos', None)
     res._entries = {names.get(k, k): v for k,v in self._entries.items()}
     res.aliases = {names.get(k, k): names.get(v, v) for k,v in self.aliases.items()}
     return res

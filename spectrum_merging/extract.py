@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 from . import __version__
-from .adapter import loaded_names, meta_model, stored_turned
+from .adapter import stored_turned
+from .formats import loaded_names, meta_model
 from .arithmetic import Scratch, number_types, storage, weighted_sum, widen
 from .checkpoint import Checkpoint
 from .edges import default_estimator, shrinker
@@ -105,7 +106,7 @@ def _kinds(config, names):
     built = meta_model(config) if config else None
     if built is None: return {k: (k, None) for k in names},set()
     built.tie_weights()
-    inside = {v: k for k,v in loaded_names(names, built).items()}
+    inside = loaded_names(names, config)
     kinds = {k: type(o).__name__ for k,o in built.named_modules()}
     ends = [getattr(o(), 'weight', None) for o in (built.get_input_embeddings, built.get_output_embeddings)]
     tied = {k for k,p in built.named_parameters(remove_duplicate=False) if ends[0] is not None and ends[0] is ends[1] and p is ends[0]}

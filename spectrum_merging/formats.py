@@ -6,10 +6,11 @@ Docs: nbs/09_formats.ipynb"""
 
 # %% auto #0
 __all__ = ['first_bytes', 'is_safetensors', 'is_pickle', 'foreign', 'foreign_folder', 'is_training_state', 'placeholders',
-           'state_in', 'read_config', 'weight_folders', 'tied_names']
+           'downloaded', 'state_in', 'read_config', 'weight_folders', 'tied_names', 'meta_model', 'name_changes',
+           'loaded_names', 'against_class']
 
 # %% ../nbs/09_formats.ipynb #00000003
-import json, re, zipfile
+import json, re, subprocess, sys, zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -151,6 +152,26 @@ def placeholders(
         return (f"{flat[0]} is a flattened share of FSDP: save with StateDictType.FULL_STATE_DICT, "
             "or put the shares together with accelerate merge-weights")
 
+# %% ../nbs/09_formats.ipynb #0000f0c2
+def downloaded(
+    src:str, # 'org/name' or 'org/name@revision'
+) -> Path: # In the hub's cache
+    "Folder of a hub repository. Raises `FileNotFoundError` where it cannot be reached"
+    from huggingface_hub import snapshot_download
+    # weights in one form only; whatever tokenizers are kept in
+    wanted = ['*.safetensors', '*.json', '*.txt', '*.model', '*.jinja', '*.py', '*.spm', '*.tiktoken', '*.codes', '*.bpe', '*.vocab',
+        '*.dict', '*.yaml', '*.yml', '*.tsv', '*.cpp', '*.cu', 'vocab*', 'merges*', 'tokenizer*']
+    repo,_,revision = src.partition('@')
+    def get(patterns):
+        pin = dict(revision=revision) if revision else {}
+        return Path(snapshot_download(repo, allow_patterns=patterns, **pin))
+    try:
+        folder = get(wanted)
+        return folder if any(folder.rglob('*.safetensors')) else get(wanted+['*.bin'])
+    except (OSError, ValueError) as e:
+        raise FileNotFoundError(f"{src} is neither a path here "
+            f"nor a hub id that can be reached now ({e})") from e
+
 # %% ../nbs/09_formats.ipynb #00000018
 _plain = ('state_dict','model_state_dict','model','net','network','module','params','weights','model_state')
 _ema = ('state_dict_ema','model_ema','ema','ema_state_dict','params_ema','ema_model','net_ema',
@@ -230,3 +251,65 @@ def tied_names(
         target = next((v for o,v in keys.items() if k==o or re.fullmatch(o, k)), None)
         if target in stored: res[k] = target
     return res
+
+# %% ../nbs/09_formats.ipynb #0000f0b1
+def meta_model(
+    config:dict, # config.json of a model
+): # Without weights; None where the installed `transformers` has no such class
+    "The model as `transformers` builds it"
+    import torch, transformers
+    kind,arch = config.get('model_type'),(config.get('architectures') or [None])[0]
+    cls = getattr(transformers, arch, None) if isinstance(arch, str) and arch.isidentifier() else None
+    if not isinstance(kind, str) or not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel): return None
+    level,apart = transformers.logging.get_verbosity(),('model_type', 'quantization_config', 'auto_map')
+    transformers.logging.set_verbosity_error()
+    try:
+        made = transformers.AutoConfig.for_model(kind, **{k: v for k,v in config.items() if k not in apart})
+        with torch.device('meta'): return cls(made)
+    except Exception: return None # whatever an odd configuration makes of a class
+    finally: transformers.logging.set_verbosity(level)
+
+def name_changes(
+    config:dict, # config.json of a model
+) -> list: # Of `WeightRenaming` and `WeightConverter` of transformers
+    "What `transformers` does to names of this class of model, or of its type where it cannot be made"
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
+    if (built := meta_model(config)) is not None: return get_model_conversion_mapping(built)
+    asked = (config.get('architectures') or [None])[0],config.get('model_type')
+    known = next((o for k in asked if isinstance(k, str) and (o := get_checkpoint_conversion_mapping(k))), None) or []
+    return [*known, *get_checkpoint_conversion_mapping('legacy')]
+
+def loaded_names(
+    names, # Of a model's tensors
+    config:dict, # Its `config.json`
+) -> dict: # `{name: name under which transformers loads it}`; no two are the same
+    "Names as the installed `transformers` has them"
+    from transformers.core_model_loading import WeightRenaming, apply_renamings, dot_natural_key
+    steps = [o for o in name_changes(config) if isinstance(o, WeightRenaming)]
+    res = {k: apply_renamings(k, steps) for k in sorted(names, key=dot_natural_key)}
+    return res if len(set(res.values()))==len(res) else {k: k for k in names}
+
+# %% ../nbs/09_formats.ipynb #0000f0b4
+# Run by another Python: the engine forks only while torch is not imported.
+_asked_of_class = """import json, sys
+from spectrum_merging.formats import loaded_names, meta_model
+config,names = json.load(sys.stdin)
+built = meta_model(config)
+if built is not None:
+    built.tie_weights()
+    new,held = loaded_names(names, config),dict(built.named_parameters(remove_duplicate=False))
+    there = {*new.values()}
+    shared = {id(p) for k,p in held.items() if k in there}
+    lost = [k for k,p in held.items() if id(p) not in shared]
+    known = {*held, *(k for k,_ in built.named_buffers())}
+    print(json.dumps([lost, [k for k in names if new[k] not in known]]))
+"""
+
+def against_class(
+    config:dict, # config.json of a model
+    names, # Of its tensors
+) -> tuple[list, list]: # Weights of the class that are not among `names`; `names` that the class has not
+    "What `transformers` would make up at random, and what it would not use; two empty lists where it has no such class"
+    p = subprocess.run([sys.executable, '-c', _asked_of_class], input=json.dumps([config, [*names]]), capture_output=True, text=True)
+    found = p.stdout.strip().splitlines()[-1:]
+    return tuple(json.loads(found[0])) if not p.returncode and found else ([], [])

@@ -387,3 +387,22 @@ def test_adapters_for_tasks_on_a_base_without_head(cls, tmp_path):
         got = load_model(out, k)
         assert got.config.num_labels==m.config.num_labels
         with torch.no_grad(): torch.testing.assert_close(got(ids).logits, m.eval()(ids).logits, atol=1e-5, rtol=1e-5)
+
+def test_what_a_class_for_a_task_has(tmp_path, run):
+    "A head for words is left out, said aloud; a pooler that was random when the adapter was trained is refused"
+    from peft import LoraConfig, get_peft_model
+    c = tf.BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+    for cls in ('BertForPreTraining','BertForMaskedLM'):
+        getattr(tf, cls)(c).save_pretrained(tmp_path/cls/'base')
+        for k in 'ab':
+            m = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path/cls/'base', num_labels=3)
+            get_peft_model(m, LoraConfig(task_type='SEQ_CLS', r=2, target_modules=['query'])).save_pretrained(tmp_path/cls/k)
+    base,a,b = (tmp_path/'BertForPreTraining'/k for k in ('base','a','b'))
+    code,said = run('spectrum-merge', f'x={a}', f'y={b}', '--base', base, '--out', tmp_path/'o')
+    assert not code and 'BertForSequenceClassification has no such' in said, said
+    for folder in (tmp_path/'o', tmp_path/'o/heads/y'):
+        _,info = tf.AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+        assert not any(info[k] for k in ('missing_keys','unexpected_keys','mismatched_keys')), info
+    base,a,b = (tmp_path/'BertForMaskedLM'/k for k in ('base','a','b'))
+    code,said = run('spectrum-merge', a, b, '--base', base, '--out', tmp_path/'p')
+    assert code==1 and 'bert.pooler.dense.weight' in said and 'modules_to_save' in said and not (tmp_path/'p').exists(), said

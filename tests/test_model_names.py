@@ -4,7 +4,8 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from spectrum_merging.checkpoint import Checkpoint
 from spectrum_merging.merge import merge
-from spectrum_merging.names import align, constants, loaded_names
+from spectrum_merging.formats import loaded_names
+from spectrum_merging.names import align, constants
 from spectrum_merging.plan import make_plan
 from spectrum_merging.preflight import PreflightError, name_models, preflight
 from spectrum_merging.scan import scan
