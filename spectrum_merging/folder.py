@@ -9,7 +9,7 @@ __all__ = ['FLUSH', 'fingerprint', 'hash_inputs', 'tied', 'untied', 'metadata', 
            'write_folder']
 
 # %% ../nbs/57_folder.ipynb #00000003
-import errno, hashlib, json, re
+import errno, hashlib, json, numpy as np, re, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,12 +19,12 @@ from .checkpoint import content_sha256
 from .files import known_sha256, sha256, write_json
 from .formats import read_config
 from .heads import class_name
-from .journal import Partial
+from .journal import Partial, writing
 from .parallel import Bar, n_cores
 from .plan import mixture
 from .preflight import out_problems
 from .units import head_tasks
-from .stream import BLOCK, PIECE, outputs, pieces, run_pieces
+from .stream import BLOCK, PIECE, outputs, pieces, run_pieces, word_sum
 
 # %% ../nbs/57_folder.ipynb #00000007
 def _source(ckpt):
@@ -189,8 +189,23 @@ def _file_of(files):
     "`{row name: (file, where its numbers start there)}`"
     return {r.name: (o.path, a) for o in files for r,a in zip(o.rows, o.starts)}
 
+def _bytes(t): return (t.stop-t.start)*t.row.info.nbytes//t.row.info.numel
+
+def _keep_finished(part, files, heads, todo, n_workers):
+    "Believe the journal where what lies in the files has the checksum that it names"
+    where,chunk = _file_of(files),1<<22
+    def intact(i):
+        t,left,total = todo[i],_bytes(todo[i]),0
+        path,a = where[t.row.name]
+        at = heads[path]+a+t.start*t.row.info.nbytes//t.row.info.numel
+        for start in range(0, left, chunk):
+            total += word_sum(np.frombuffer(part.read(path, min(chunk, left-start), at+start), 'u1'))
+        return total % (1<<64)==part.done[i]
+    if lost := part.keep(intact, len(todo), n_workers):
+        warnings.warn(f"{lost} finished pieces in {part.root} are not what was written there: they are made again")
+
 def _fill(part, files, heads, todo, sources, n_workers, progress):
-    "Run what is not done; checksum of every row"
+    "Run what is not done; checksums of what is not yet in the journal"
     where,number = _file_of(files),{(t.row.name, t.start): i for i,t in enumerate(todo)}
     fresh,waiting = {},0
     def write(row, start, raw):
@@ -198,20 +213,22 @@ def _fill(part, files, heads, todo, sources, n_workers, progress):
         part.write(path, raw, heads[path]+a+start)
     bar = Bar(total=sum(r.info.nbytes for o in files for r in o.rows), desc='merge', unit='B',
         unit_scale=True, disable=not progress, leave=False)
-    def size(t): return (t.stop-t.start)*t.row.info.nbytes//t.row.info.numel
     def done(t, total):
         nonlocal waiting
         fresh[number[t.row.name, t.start]] = total
-        waiting += size(t)
-        bar.update(size(t))
+        waiting += _bytes(t)
+        bar.update(_bytes(t))
         if waiting<FLUSH: return
         part.note(dict(fresh))
         fresh.clear()
         waiting = 0
     with bar:
-        bar.update(sum(size(todo[i]) for i in part.done))
-        run_pieces([t for i,t in enumerate(todo) if i not in part.done], sources, write,
+        bar.update(sum(_bytes(todo[i]) for i in part.done))
+        try: run_pieces([t for i,t in enumerate(todo) if i not in part.done], sources, write,
             n_workers or 2*n_cores(), done, fork=True, forked=part.in_child) # half wait for disk
+        except (ChildProcessError, KeyboardInterrupt, MemoryError):
+            part.note(fresh) # the disk is well, what is finished need not be lost
+            raise
     return fresh
 
 def _checksums(todo, done):
@@ -226,8 +243,20 @@ def _fields(plan, models, sources):
     plain = dict(quantization_config=None) if any(getattr(o, 'dequantised', False) for o in sources.values()) else {}
     return plain | (dict(tie_word_embeddings=False) if untied(plan, models) else {})
 
+def _leave(part, e):
+    "Keep what is finished where the same command can continue, and raise `e`"
+    # wrong numbers or changed files stay wrong: whoever mends them merges something else
+    if isinstance(e, ValueError) or not (part.done or isinstance(e, KeyboardInterrupt)):
+        part.remove()
+        raise e
+    part.close()
+    if not isinstance(e, OSError): raise e
+    said = f'{e.strerror}: {e.filename}' if e.filename else e.strerror or str(e)
+    said += f' (what is finished is kept in {part.root}: the same command continues)'
+    raise (type(e)(said) if e.errno is None else OSError(e.errno, said)) from e
+
 def _finish(part, plan, files, sums, sources, hashes, files_from, results, notes, settings):
-    "All that goes in beside the weights, and the final name"
+    "All that goes in beside the weights"
     data,models = part.data,{m: o for m,o in sources.items() if m!='base'}
     meta = metadata(plan, sources, hashes)
     headers = {o.path: o.header(meta) for o in files}
@@ -254,7 +283,6 @@ def _finish(part, plan, files, sums, sources, hashes, files_from, results, notes
             checksums={r.stored: f'{sums.get(r.name, 0):016x}' for r in o.rows}) for o in files},
         files={o.relative_to(data).as_posix(): sha256(o) for o in small})
     write_json(data/'merge.json', manifest | dict(seal=sealed(manifest)))
-    part.finish()
 
 # %% ../nbs/57_folder.ipynb #00000010
 def write_folder(
@@ -291,6 +319,7 @@ def write_folder(
         for o in files: part.open(o.path, heads[o.path]+o.nbytes)
         for k,v in blanks.items(): part.write(k, v, 0)
         part.start()
+        _keep_finished(part, files, heads, todo, n_workers)
         fresh = _fill(part, files, heads, todo, sources, n_workers, progress)
         with ThreadPoolExecutor(1) as pool:
             hashes = pool.submit(hash_inputs, sources, job['inputs'], n_workers)
@@ -298,11 +327,8 @@ def write_folder(
             hashes = hashes.result()
         if any(o.files and fingerprint({m: o})[m]!=job['inputs'][m] for m,o in sources.items()):
             raise ValueError("an input file changed while it was being merged: merge again")
-        _finish(part, plan, files, _checksums(todo, part.done), sources, hashes, files_from, results, notes, settings)
-    except KeyboardInterrupt:
-        part.close()
-        raise
-    except BaseException:
-        part.remove()
-        raise
+        with writing(part.root):
+            _finish(part, plan, files, _checksums(todo, part.done), sources, hashes, files_from, results, notes, settings)
+        part.finish()
+    except BaseException as e: _leave(part, e)
     return out

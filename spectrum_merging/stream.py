@@ -321,6 +321,13 @@ def _threads(todo, sources, write, n, done):
             pool.shutdown(cancel_futures=True)
             raise
 
+def _pickled(e):
+    "An error for another process, as one of the built-in kinds where it cannot be read there"
+    try:
+        pickle.loads(text := pickle.dumps(e))
+        return text
+    except Exception: return pickle.dumps((ValueError if isinstance(e, ValueError) else RuntimeError)(str(e)))
+
 def _child(mine, sources, write, pipe):
     "Run numbered pieces in a forked process: `(number, checksum)` for each, or -1 and an error"
     try:
@@ -329,7 +336,7 @@ def _child(mine, sources, write, pipe):
         code = 0
     except BrokenPipeError: code = 1
     except BaseException as e:
-        text = pickle.dumps(e)
+        text = _pickled(e)
         for o in (struct.pack('<qQ', -1, len(text)), text): os.write(pipe, o)
         code = 1
     finally: os._exit(locals().get('code', 1))
@@ -354,8 +361,11 @@ def _processes(todo, sources, write, n, done, forked):
     pipes,pids,left = {},[],len(todo)
     try:
         for w in range(min(n, len(todo))):
-            r,out = os.pipe()
-            if not (pid := os.fork()):
+            try: (r,out),pid = os.pipe(),os.fork()
+            except OSError as e:
+                raise OSError(e.errno, f"{e.strerror}: {min(n, len(todo))} worker processes cannot be started; "
+                    "ask for fewer (--workers 1)") from e
+            if not pid:
                 for fd in [*pipes, r]: os.close(fd)
                 if forked: forked()
                 _child(list(enumerate(todo))[w::n], sources, write, out)
@@ -369,7 +379,8 @@ def _processes(todo, sources, write, n, done, forked):
                     del pipes[fd]
                     os.close(fd)
         if left:
-            raise RuntimeError("a worker process was killed: is there enough memory? Merge again")
+            raise ChildProcessError("a worker process was killed, as the system does where memory is short: "
+                "repeat the same command, with fewer workers (--workers 1) where it happens again")
     finally:
         for pid in pipes.values(): os.kill(pid, signal.SIGTERM)
         for fd in pipes: os.close(fd)
