@@ -38,12 +38,13 @@ def _source(ckpt):
 
 def fingerprint(
     sources:dict, # `{name: Checkpoint}`
-) -> dict: # `{name: size and time of each file, or content hash}`
+) -> dict: # `{name: path, size and times of each file, or content hash}`
     "Whether inputs are still the same, without reading files"
-    def one(o):
-        if not o.files: return content_sha256(o)
-        return [[str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns] for p in o.files]
-    return {m: one(o) for m,o in sources.items()}
+    def stamp(p):
+        s = p.stat()
+        # of what was changed in place, and its time set back, the time of change tells
+        return [str(p.absolute()), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
+    return {m: [stamp(p) for p in o.files] if o.files else content_sha256(o) for m,o in sources.items()}
 
 # %% ../nbs/57_folder.ipynb #00000008
 def hash_inputs(
@@ -231,6 +232,13 @@ def _fill(part, files, heads, todo, sources, n_workers, progress):
             raise
     return fresh
 
+def _clashes(files, beside):
+    "Names of the result that cannot be there together"
+    names = [*(o.path for o in files), *(o.as_posix() for o in beside)]
+    double = [k for k,n in Counter(names).items() if n>1]
+    # a file and a folder of one name
+    return double+[k for k in {*names} if {o.as_posix() for o in Path(k).parents} & {*names}]
+
 def _checksums(todo, done):
     "`{row name: checksum}`"
     res = {}
@@ -304,6 +312,9 @@ def write_folder(
     if files_from not in plan.models:
         raise ValueError(f"files_from is {files_from!r}: choose one of {', '.join(plan.models)}")
     files,todo = outputs(rows, shard_size),pieces(rows)
+    if odd := _clashes(files, files_beside(sources[files_from].folder)[0]):
+        raise ValueError(f"{sorted(odd)[0]} cannot lie in the result twice, or as a file and a folder: rename the task, or what lies "
+            f"beside the weights of {files_from}")
     blank = metadata(plan, sources, None)
     blanks = {o.path: o.header(blank) for o in files}
     heads = {k: len(v) for k,v in blanks.items()}

@@ -8,7 +8,7 @@ Docs: nbs/60_merge.ipynb"""
 __all__ = ['check_out', 'merge', 'loading', 'load_model', 'task_state', 'load_task']
 
 # %% ../nbs/60_merge.ipynb #00000002
-import json
+import json, os
 from pathlib import Path
 from .checkpoint import Checkpoint, file_metadata
 from .files import free_folder, read_json
@@ -29,12 +29,30 @@ def _in_memory(rows, sources, n_workers):
     return {r.name: res[r.name].view(getattr(torch, r.info.dtype)).reshape(r.info.shape)
         for r in rows}
 
+def _lies_in(source):
+    "Folders and files of an input, as far as it is known where they are"
+    if isinstance(source, (str, Path)):
+        p = Path(source).expanduser()
+        return [p] if p.exists() else []
+    if not isinstance(source, Checkpoint): return []
+    own = [] if Path(source.label).is_file() else [o for o in (source.folder, source.source) if o]
+    return own+source.files+(_lies_in(source.base) if source.base else [])
+
 def check_out(
     out, # Folder to write
+    inputs=(), # Models that are read: paths, or `Checkpoint`s
 ):
-    "Raise `FileExistsError` or `OSError` where `out` cannot be written"
-    free_folder(out)
+    "Raise `OSError` (`FileExistsError`) where `out` cannot be written, `ValueError` where it lies in an input"
+    out = free_folder(out).absolute()
+    if out.name in ('', '..') or len(os.fsencode(f'.{out.name}.partial'))>255:
+        raise ValueError(f"{out} cannot be the name of a new folder: give it a name of its own, of at most 240 letters")
     if bad := out_problems(out, 0): raise NotADirectoryError(f"{bad[0][1]}: {bad[0][2]}")
+    place = out.parent.resolve()/out.name
+    for o in (o.resolve() for source in inputs for o in _lies_in(source)):
+        if o.is_dir() and place.is_relative_to(o):
+            raise ValueError(f"{out} lies in {o}, which is read: inputs stay as they are, choose a folder outside")
+        if o.is_relative_to(place.with_name(f'.{place.name}.partial')):
+            raise ValueError(f"{o} lies where an unfinished merge of {out} is kept: move it, or choose another folder")
 
 # %% ../nbs/60_merge.ipynb #00000006
 def merge(
@@ -54,6 +72,7 @@ def merge(
     "Run a plan. Raises `ValueError` (`PreflightError`: does not fit), `FileExistsError`, `OSError`"
     if out is not None: check_out(out)
     models,base = name_models(models, base)
+    if out is not None: check_out(out, [*models.values(), base])
     notes = list(dict.fromkeys([*plan.meta.get('notes', []), *beside_notes(models, base, files_from)]))
     grams = {m: Checkpoint(o) for m,o in (grams or {}).items()}
     rows = plan_rows(plan, models, base, dtype, grams)

@@ -61,11 +61,25 @@ def _row(plan, row, models, sources, dtype, laid):
     layout = laid[next(m for m in coefs if m!='base')][k] if row['op']!='linear' else None
     return Row(row['name'], k, info, coefs, same, row['op'], tuple(grams), part, layout)
 
+def _name_misfit(name, models):
+    "`(tensor, problem, remedy)` for a row that cannot be written under its name, or None"
+    _,at,task = name.partition('@')
+    if at and task not in models:
+        return name,f"is the head of {task!r}, the models are {', '.join(models)}","name heads 'tensor@model' in the plan"
+    # heads are files of these names; tasks are called by words
+    if at and (task in ('.', '..') or task.endswith('.safetensors') or not task.isprintable() or set('/\\') & set(task)
+            or len(task.encode('utf-8', 'replace'))>200):
+        return name,'is the head of a model whose name is no file name','give that model another name'
+    if tensor_name(name)=='__metadata__': return name,'has the name of what is no tensor in a file','rename it'
+
 def _misfits(plan, models, sources, laid):
     "`(tensor, problem, remedy)` for all that keeps the plan from running on these models"
     remake = "make the plan for these models, or give the models that it was made for"
     tied = {k: v for o in models.values() for k,v in o.aliases.items()}
     for row in plan.table.to_dict('records'):
+        if bad := _name_misfit(row['name'], models):
+            yield bad
+            continue
         k = tensor_name(row['name'])
         used = [m for m,c in plan.coefs(row).items() if c]
         lost = [m for m in used if k not in sources[m]]
@@ -170,7 +184,9 @@ def outputs(
     rows:list, # Of `Row`
     shard_size:int, # Largest number of bytes of a file of the body
 ) -> list: # Of `Output`
-    "Files of the result: the body, in shards where it is large, and `heads/<task>.safetensors`"
+    "Files of the result: the body, in shards where it is large, and `heads/<task>.safetensors`. Raises `ValueError`"
+    if isinstance(shard_size, bool) or not isinstance(shard_size, (int, float)) or not 1<=shard_size<float('inf'):
+        raise ValueError(f"shard_size is {shard_size!r}: pass a number of bytes, 1 or more")
     body,heads,parts,shards,room = [r for r in rows if not (r.head or r.part)],{},{},[[]],shard_size
     for r in body:
         if r.info.nbytes>room and shards[-1]:
