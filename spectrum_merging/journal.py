@@ -95,8 +95,10 @@ def landed(
     "Whether a merge was killed right after it gave `out` its name; what it left is removed"
     root = partial_place(out)
     try:
-        if not out.is_dir() or os.listdir(root)!=['journal'] or os.path.getsize(root/'journal')>JOURNAL: return False
         _ours(root, stat.S_ISDIR)
+        found = os.listdir(root) if out.is_dir() else None
+        if found==[]: root.rmdir() # the very last step was left out
+        if found!=['journal'] or os.path.getsize(root/'journal')>JOURNAL: return False
         _ours(root/'journal')
         done = (root/'journal').read_bytes().endswith(_complete)
     except OSError: return False

@@ -17,13 +17,19 @@ calls = {**{k: (os, k) for k in ('mkdir','open','posix_fallocate','pwrite','writ
 
 def files(d): return {o.relative_to(d).as_posix(): hashlib.sha256(o.read_bytes()).hexdigest() for o in sorted(d.rglob('*')) if o.is_file()}
 
+def is_write(call, a, k):
+    "Whether a call of `open` writes; all others count anyway"
+    if call=='open': return bool(a[1] & (os.O_WRONLY | os.O_RDWR)) or os.path.isdir(a[0])
+    if call in ('fopen','fopen2'): return any(o in str(k.get('mode', a[1] if len(a)>1 else 'r')) for o in 'wxa+')
+    return True
+
 def spoil(call, nth, effect):
     "Let the `nth` call go wrong; counts all"
     where,name = calls[call]
     real,count = getattr(where, name),[0]
     def fault(*a, **k):
-        count[0] += 1
-        if count[0]!=nth: return real(*a, **k)
+        count[0] += is_write(call, a, k)
+        if count[0]!=nth or not is_write(call, a, k): return real(*a, **k)
         if effect=='kill': os.kill(os.getpid(), signal.SIGKILL)
         if effect=='after': # killed when it is done
             real(*a, **k)
