@@ -6,8 +6,8 @@ Docs: nbs/07_files.ipynb"""
 
 # %% auto #0
 __all__ = ['LONGEST', 'DEEPEST', 'LARGE', 'OPEN_FILES', 'user_path', 'lies_inside', 'inside', 'own_file', 'open_regular',
-           'read_text', 'parse_json', 'free_file', 'is_free', 'free_folder', 'atomic', 'atomic_folder', 'write_json',
-           'read_json', 'cache_dir', 'sha256', 'known_sha256', 'digest', 'InputFile']
+           'remedy', 'read_text', 'parse_json', 'free_file', 'is_free', 'free_folder', 'atomic', 'atomic_folder',
+           'write_json', 'read_json', 'cache_dir', 'sha256', 'known_sha256', 'digest', 'InputFile']
 
 # %% ../nbs/07_files.ipynb #00000003
 import errno, hashlib, json, os, re, shutil, stat, threading, time
@@ -93,6 +93,20 @@ def open_regular(
 _kinds = {'a pipe': stat.S_ISFIFO, 'a device': lambda o: stat.S_ISCHR(o) or stat.S_ISBLK(o), 'a folder': stat.S_ISDIR,
     'a socket': stat.S_ISSOCK}
 
+# %% ../nbs/07_files.ipynb #0000h106
+_remedies = {errno.EMFILE: 'allow more open files (ulimit -n 1024)', errno.ENFILE: 'allow more open files (ulimit -n 1024)',
+    errno.EACCES: 'ask for permission to it', errno.EPERM: 'ask for permission to it',
+    errno.EIO: 'the disk or the network that it lies on fails: copy it elsewhere', errno.ENOMEM: 'give more memory, or use fewer workers',
+    errno.ENOSPC: 'free disk space or choose another disk', errno.EDQUOT: 'your quota is full: delete something or choose another disk',
+    errno.ESTALE: 'mount the network folder again', errno.ENAMETOOLONG: 'choose a shorter name', errno.EROFS: 'choose another place'}
+
+def remedy(
+    e:OSError, # What went wrong
+) -> str:
+    "What helps against an error of the system"
+    return _remedies.get(e.errno, 'see whether the file, its folder and its disk are as they should be')
+
+# %% ../nbs/07_files.ipynb #0000h107
 def read_text(
     path, # File in UTF-8
     most:int=LONGEST, # Bytes that it may have
@@ -316,6 +330,13 @@ class InputFile:
             raise ValueError(f"{self.path} changed while it was in use: start again")
         self.was = now
         return fd
+
+    def check(self):
+        "Raise `ValueError` where the file is no longer what it was when it was opened"
+        try: s = os.stat(self.path)
+        except OSError: s = None
+        if s is None or self.was!=(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns):
+            raise ValueError(f"{self.path} changed while it was in use: start again")
 
     def __del__(self, drop=_handles.drop): drop(self)
 
