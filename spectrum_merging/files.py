@@ -83,7 +83,11 @@ def open_regular(
             what = next((k for k,f in _kinds.items() if f(mode)), 'no regular file')
             raise ValueError(f"{path} is {what}: pass a regular file")
     check(os.stat(path).st_mode)
-    fd = os.open(path, os.O_RDONLY | getattr(os, 'O_BINARY', 0) | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_NOCTTY', 0))
+    flags = os.O_RDONLY | getattr(os, 'O_BINARY', 0) | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_NOCTTY', 0)
+    try: fd = os.open(path, flags)
+    except OSError as e: # where the process may open no more, inputs that nobody reads now are closed
+        if e.errno not in (errno.EMFILE, errno.ENFILE) or not _handles.rest(OPEN_FILES): raise
+        fd = os.open(path, flags)
     try: check(os.fstat(fd).st_mode)
     except ValueError:
         os.close(fd)
@@ -279,6 +283,12 @@ def digest(*parts) -> str: # 16 hexadecimal digits
 # A shell allows a process 256 files (macOS) to 1,024 (Linux); the result's files and pipes need some of them
 OPEN_FILES = 64 # Inputs that are kept open
 
+def _allowed():
+    "How many inputs may stay open: a quarter of what the process may open, which needs others too"
+    try: from resource import RLIMIT_NOFILE, getrlimit
+    except ImportError: return OPEN_FILES
+    return min(OPEN_FILES, max(1, getrlimit(RLIMIT_NOFILE)[0]//4))
+
 class _Handles:
     "Open files; of those that nobody reads, the one that rested longest is closed first"
     def __init__(self): self.lock,self.slots = threading.RLock(),OrderedDict() # id: [descriptor, readers]
@@ -287,26 +297,20 @@ class _Handles:
     def using(self, file):
         "Descriptor of a file, which stays open meanwhile"
         with self.lock:
-            if (slot := self.slots.get(id(file))) is None: slot = self.slots[id(file)] = [self._opened(file), 0]
+            if (slot := self.slots.get(id(file))) is None: slot = self.slots[id(file)] = [file.open(), 0]
             self.slots.move_to_end(id(file))
             slot[1] += 1
-            if len(self.slots)>OPEN_FILES: self._rest(len(self.slots)-OPEN_FILES)
+            if (more := len(self.slots)-_allowed())>0: self.rest(more)
         try: yield slot[0]
         finally:
             with self.lock: slot[1] -= 1
 
-    def _rest(self, n):
+    def rest(self, n):
         "Close up to `n` files that nobody reads; how many"
-        idle = [k for k,(_,readers) in list(self.slots.items()) if not readers][:n]
-        for k in idle: os.close(self.slots.pop(k)[0])
+        with self.lock:
+            idle = [k for k,(_,readers) in list(self.slots.items()) if not readers][:n]
+            for k in idle: os.close(self.slots.pop(k)[0])
         return len(idle)
-
-    def _opened(self, file):
-        "Open a file; where the process may open no more, close others first"
-        try: return file.open()
-        except OSError as e:
-            if e.errno not in (errno.EMFILE, errno.ENFILE) or not self._rest(OPEN_FILES): raise
-        return file.open()
 
     def drop(self, file, close=os.close):
         with self.lock: slot = self.slots.pop(id(file), None)
