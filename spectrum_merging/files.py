@@ -6,8 +6,8 @@ Docs: nbs/07_files.ipynb"""
 
 # %% auto #0
 __all__ = ['LONGEST', 'DEEPEST', 'LARGE', 'OPEN_FILES', 'user_path', 'lies_inside', 'inside', 'own_file', 'open_regular',
-           'read_text', 'parse_json', 'free_file', 'is_free', 'free_folder', 'atomic', 'atomic_folder', 'write_json',
-           'read_json', 'cache_dir', 'sha256', 'known_sha256', 'digest', 'InputFile']
+           'remedy', 'read_text', 'parse_json', 'free_file', 'is_free', 'free_folder', 'atomic', 'atomic_folder',
+           'write_json', 'read_json', 'cache_dir', 'sha256', 'known_sha256', 'digest', 'InputFile']
 
 # %% ../nbs/07_files.ipynb #00000003
 import errno, hashlib, json, os, re, secrets, shutil, stat, threading, time
@@ -83,7 +83,11 @@ def open_regular(
             what = next((k for k,f in _kinds.items() if f(mode)), 'no regular file')
             raise ValueError(f"{path} is {what}: pass a regular file")
     check(os.stat(path).st_mode)
-    fd = os.open(path, os.O_RDONLY | getattr(os, 'O_BINARY', 0) | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_NOCTTY', 0))
+    flags = os.O_RDONLY | getattr(os, 'O_BINARY', 0) | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_NOCTTY', 0)
+    try: fd = os.open(path, flags)
+    except OSError as e: # where the process may open no more, inputs that nobody reads now are closed
+        if e.errno not in (errno.EMFILE, errno.ENFILE) or not _handles.rest(OPEN_FILES): raise
+        fd = os.open(path, flags)
     try: check(os.fstat(fd).st_mode)
     except ValueError:
         os.close(fd)
@@ -93,6 +97,20 @@ def open_regular(
 _kinds = {'a pipe': stat.S_ISFIFO, 'a device': lambda o: stat.S_ISCHR(o) or stat.S_ISBLK(o), 'a folder': stat.S_ISDIR,
     'a socket': stat.S_ISSOCK}
 
+# %% ../nbs/07_files.ipynb #0000h106
+_remedies = {errno.EMFILE: 'allow more open files (ulimit -n 1024)', errno.ENFILE: 'allow more open files (ulimit -n 1024)',
+    errno.EACCES: 'ask for permission to it', errno.EPERM: 'ask for permission to it',
+    errno.EIO: 'the disk or the network that it lies on fails: copy it elsewhere', errno.ENOMEM: 'give more memory, or use fewer workers',
+    errno.ENOSPC: 'free disk space or choose another disk', errno.EDQUOT: 'your quota is full: delete something or choose another disk',
+    errno.ESTALE: 'mount the network folder again', errno.ENAMETOOLONG: 'choose a shorter name', errno.EROFS: 'choose another place'}
+
+def remedy(
+    e:OSError, # What went wrong
+) -> str:
+    "What helps against an error of the system"
+    return _remedies.get(e.errno, 'see whether the file, its folder and its disk are as they should be')
+
+# %% ../nbs/07_files.ipynb #0000h107
 def read_text(
     path, # File in UTF-8
     most:int=LONGEST, # Bytes that it may have
@@ -274,6 +292,12 @@ def digest(*parts) -> str: # 16 hexadecimal digits
 # A shell allows a process 256 files (macOS) to 1,024 (Linux); the result's files and pipes need some of them
 OPEN_FILES = 64 # Inputs that are kept open
 
+def _allowed():
+    "How many inputs may stay open: a quarter of what the process may open, which needs others too"
+    try: from resource import RLIMIT_NOFILE, getrlimit
+    except ImportError: return OPEN_FILES
+    return min(OPEN_FILES, max(1, getrlimit(RLIMIT_NOFILE)[0]//4))
+
 class _Handles:
     "Open files; of those that nobody reads, the one that rested longest is closed first"
     def __init__(self): self.lock,self.slots = threading.RLock(),OrderedDict() # id: [descriptor, readers]
@@ -282,26 +306,20 @@ class _Handles:
     def using(self, file):
         "Descriptor of a file, which stays open meanwhile"
         with self.lock:
-            if (slot := self.slots.get(id(file))) is None: slot = self.slots[id(file)] = [self._opened(file), 0]
+            if (slot := self.slots.get(id(file))) is None: slot = self.slots[id(file)] = [file.open(), 0]
             self.slots.move_to_end(id(file))
             slot[1] += 1
-            if len(self.slots)>OPEN_FILES: self._rest(len(self.slots)-OPEN_FILES)
+            if (more := len(self.slots)-_allowed())>0: self.rest(more)
         try: yield slot[0]
         finally:
             with self.lock: slot[1] -= 1
 
-    def _rest(self, n):
+    def rest(self, n):
         "Close up to `n` files that nobody reads; how many"
-        idle = [k for k,(_,readers) in list(self.slots.items()) if not readers][:n]
-        for k in idle: os.close(self.slots.pop(k)[0])
+        with self.lock:
+            idle = [k for k,(_,readers) in list(self.slots.items()) if not readers][:n]
+            for k in idle: os.close(self.slots.pop(k)[0])
         return len(idle)
-
-    def _opened(self, file):
-        "Open a file; where the process may open no more, close others first"
-        try: return file.open()
-        except OSError as e:
-            if e.errno not in (errno.EMFILE, errno.ENFILE) or not self._rest(OPEN_FILES): raise
-        return file.open()
 
     def drop(self, file, close=os.close):
         with self.lock: slot = self.slots.pop(id(file), None)
@@ -325,6 +343,13 @@ class InputFile:
             raise ValueError(f"{self.path} changed while it was in use: start again")
         self.was = now
         return fd
+
+    def check(self):
+        "Raise `ValueError` where the file is no longer what it was when it was opened"
+        try: s = os.stat(self.path)
+        except OSError: s = None
+        if s is None or self.was!=(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns):
+            raise ValueError(f"{self.path} changed while it was in use: start again")
 
     def __del__(self, drop=_handles.drop): drop(self)
 

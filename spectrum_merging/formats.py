@@ -199,7 +199,7 @@ def _check_config(config, path):
     for k,kind in kinds.items():
         if not isinstance(config.get(k), (kind, type(None))):
             raise ValueError(f"{path}: {k} is {str(config[k])[:60]!r}, no {kind.__name__}: download it again")
-    if not all(isinstance(o, str) for o in config.get('architectures') or []):
+    if not all(isinstance(o, (str, type(None))) for o in config.get('architectures') or []):
         raise ValueError(f"{path}: architectures are {str(config['architectures'])[:60]}, no names: download it again")
     for k,v in config.items():
         if len(k)>500: raise ValueError(f"{path} has a field of {len(k):,} characters: it is damaged, or made to do harm")

@@ -66,6 +66,16 @@ def _sequence(steps):
         return at
     return run
 
+def _kept(step):
+    "`step` that remembers where it led to in the string that it saw last"
+    last = [None, {}]
+    def run(s, i):
+        if last[0]!=s: last[:] = s,{}
+        if i not in last[1]: last[1][i] = step(s, i)
+        return last[1][i]
+    return run
+
+# %% ../nbs/08_patterns.ipynb #0000000b
 def _choice(ways): return ways[0] if len(ways)==1 else lambda s, i: set().union(*(o(s, i) for o in ways))
 
 def _parse(tokens, depth=0):
@@ -92,15 +102,6 @@ def _parse(tokens, depth=0):
     if depth: raise ValueError("( is not closed")
     done()
     return _choice(ways)
-
-def _kept(step):
-    "`step` that remembers where it led to in the string that it saw last"
-    last = [None, {}]
-    def run(s, i):
-        if last[0]!=s: last[:] = s,{}
-        if i not in last[1]: last[1][i] = step(s, i)
-        return last[1][i]
-    return run
 
 # %% ../nbs/08_patterns.ipynb #00000009
 @lru_cache(1000)

@@ -11,7 +11,7 @@ __all__ = ['dequantised']
 import json, numpy as np, re
 from dataclasses import replace
 from math import prod
-from .arithmetic import number_types, storage, widen
+from .arithmetic import float8_values, number_types, storage, widen
 
 # %% ../nbs/11_quantised.ipynb #00000007
 _methods = ( # What names end in, and a neighbour that must be there, in this order
@@ -65,16 +65,6 @@ def _rounded(x, dtype):
     if nan.any(): res[nan] = 0x7fc0
     return res
 
-def _float8(dtype):
-    "fp32 of all 256 codes of a float8 type"
-    c = np.arange(256)
-    bits,bias = (3, 7) if dtype=='float8_e4m3fn' else (2, 15)
-    e,m = (c & 127)>>bits,c & ((1<<bits)-1)
-    x = np.where(e>0, (1+m/2**bits)*2.**(e-bias), m/2**bits*2.**(1-bias))
-    if dtype=='float8_e4m3fn': x[(c & 127)==127] = np.nan
-    else: x[e==31] = np.where(m[e==31]>0, np.nan, np.inf)
-    return np.where(c>127, -x, x).astype('f4')
-
 class _Computed:
     "A tensor that is computed from codes when it is read; `parts` are the entries that it rests on"
     def __init__(self, codes, parts, shape, dtype):
@@ -127,7 +117,7 @@ class _Scaled(_Computed):
         m,n = self.block
         first,last = a//cols,-(-b//cols)
         q = _stored(self.codes, first*cols, last*cols).reshape(-1, cols)
-        x = _float8(self.codes.info.dtype)[q] if 'float8' in self.codes.info.dtype else q.astype('f4')
+        x = float8_values(self.codes.info.dtype)[q] if 'float8' in self.codes.info.dtype else q.astype('f4')
         of = np.arange(first, last)
         of = of//rows*-(-rows//m)+of % rows//m # Experts lie one after the other
         grid = self._scales(of[0], of[-1]+1, -(-cols//n))

@@ -251,7 +251,7 @@ def _values(source, key, start=0, n=None):
 def _why(row, sources):
     "`ValueError` for a row with a number that is not finite"
     for m in (*row.coefs, *row.grams):
-        if not sources[m].infos[row.key].is_float: continue
+        if number_types[sources[m].infos[row.key].dtype].infinity is None: continue
         x = _values(sources[m], row.key)
         nan,inf = int(np.isnan(x).sum()),int(np.isinf(x).sum())
         if nan or inf:
