@@ -1834,6 +1834,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'spectrum_merging.stream._report': ('stream.html#_report', 'spectrum_merging/stream.py'),
                                          'spectrum_merging.stream._row': ('stream.html#_row', 'spectrum_merging/stream.py'),
                                          'spectrum_merging.stream._run_piece': ('stream.html#_run_piece', 'spectrum_merging/stream.py'),
+                                         'spectrum_merging.stream._send': ('stream.html#_send', 'spectrum_merging/stream.py'),
                                          'spectrum_merging.stream._threads': ('stream.html#_threads', 'spectrum_merging/stream.py'),
                                          'spectrum_merging.stream._values': ('stream.html#_values', 'spectrum_merging/stream.py'),
                                          'spectrum_merging.stream._whole': ('stream.html#_whole', 'spectrum_merging/stream.py'),

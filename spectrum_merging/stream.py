@@ -344,16 +344,19 @@ def _pickled(e):
         return text
     except Exception: return pickle.dumps((ValueError if isinstance(e, ValueError) else RuntimeError)(str(e)))
 
+def _send(pipe, data):
+    while data: data = data[os.write(pipe, data):]
+
 def _child(mine, sources, write, pipe):
     "Run numbered pieces in a forked process: `(number, checksum)` for each, or -1 and an error"
     try:
         local = _Local(min(BLOCK, FORK_BLOCK))
-        for i,t in mine: os.write(pipe, struct.pack('<qQ', i, _run_piece(t, sources, write, local)))
+        for i,t in mine: _send(pipe, struct.pack('<qQ', i, _run_piece(t, sources, write, local)))
         code = 0
     except BrokenPipeError: code = 1
     except BaseException as e:
         text = _pickled(e)
-        for o in (struct.pack('<qQ', -1, len(text)), text): os.write(pipe, o)
+        _send(pipe, struct.pack('<qQ', -1, len(text))+text)
         code = 1
     finally: os._exit(locals().get('code', 1))
 

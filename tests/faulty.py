@@ -94,11 +94,12 @@ run(home/'ref')
 wants = files(home/'ref')
 for call,effects,resumed,workers,every in wanted:
     n = number(call, resumed, workers)
-    places = range(1, n+1) if every else sorted({1, (n+1)//2, n} & {*range(1, n+1)})
-    for nth in places:
-        for effect in effects:
-            out = home/'out'
-            bad = verdict(out, before, call, nth, effect, resumed, workers)
-            print(json.dumps([call, nth, n, effect, bad]), flush=True)
-            for o in (out, journal.partial_place(out)): shutil.rmtree(o, ignore_errors=True)
+    places = list(range(1, n+1)) if every else sorted({1, (n+1)//2, n} & {*range(1, n+1)})
+    # in short: being killed at each place, each error at one of them
+    cases = [(nth, o) for i,o in enumerate(effects) for nth in (places if every or o=='kill' else places[i % 3:][:1] or places[:1])]
+    for nth,effect in cases:
+        out = home/'out'
+        bad = verdict(out, before, call, nth, effect, resumed, workers)
+        print(json.dumps([call, nth, n, effect, bad]), flush=True)
+        for o in (out, journal.partial_place(out)): shutil.rmtree(o, ignore_errors=True)
     if not n: print(json.dumps([call, 0, 0, '', None]), flush=True)
