@@ -239,6 +239,7 @@ def _fill(part, files, heads, todo, sources, n_workers, progress):
             raise
     return fresh
 
+# %% ../nbs/57_folder.ipynb #0000f151
 def _clashes(files, beside):
     "Names of the result that cannot be there together"
     names = [*(o.path for o in files), *(o.as_posix() for o in beside)]

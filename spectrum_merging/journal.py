@@ -150,53 +150,58 @@ class Partial:
                 self._give_up(e)
                 raise
 
-    def _look(self):
-        "Raise `FileExistsError` for anything here that no merge has made"
-        _ours(self.root, stat.S_ISDIR)
-        if odd := sorted({*os.listdir(self.root)}-{'journal','data'}): raise _in_the_way(self.root/odd[0])
-        if os.path.lexists(self.data): _ours(self.data, stat.S_ISDIR)
-        for at,dirs,names in os.walk(self.data):
-            for o in dirs: _ours(Path(at)/o, stat.S_ISDIR)
-            for o in names: _ours(Path(at)/o)
+# %% ../nbs/56_journal.ipynb #0000f142
+@patch
+def _look(self:Partial):
+    "Raise `FileExistsError` for anything here that no merge has made"
+    _ours(self.root, stat.S_ISDIR)
+    if odd := sorted({*os.listdir(self.root)}-{'journal','data'}): raise _in_the_way(self.root/odd[0])
+    if os.path.lexists(self.data): _ours(self.data, stat.S_ISDIR)
+    for at,dirs,names in os.walk(self.data):
+        for o in dirs: _ours(Path(at)/o, stat.S_ISDIR)
+        for o in names: _ours(Path(at)/o)
 
-    def _enter(self):
-        "Take the journal, and what it says"
-        self.journal = _claim(self.root/'journal')
-        _lock(self.journal, self.root)
-        if not _is(self.journal, self.root/'journal'):
-            raise FileExistsError(f"another process has just finished or given up {self.root}: try again")
-        self.continued = self._continue()
-        if self.continued: return
-        if self.data.exists(): shutil.rmtree(self.data)
-        os.ftruncate(self.journal, 0)
-        self.data.mkdir()
+@patch
+def _enter(self:Partial):
+    "Take the journal, and what it says"
+    self.journal = _claim(self.root/'journal')
+    _lock(self.journal, self.root)
+    if not _is(self.journal, self.root/'journal'):
+        raise FileExistsError(f"another process has just finished or given up {self.root}: try again")
+    self.continued = self._continue()
+    if self.continued: return
+    if self.data.exists(): shutil.rmtree(self.data)
+    os.ftruncate(self.journal, 0)
+    self.data.mkdir()
 
-    def _continue(self):
-        "Whether there is something to continue; `done` is then `{number of a piece: checksum}`, as the journal says"
-        if (n := os.fstat(self.journal).st_size)>JOURNAL: raise _in_the_way(self.root/'journal')
-        os.lseek(self.journal, 0, os.SEEK_SET)
-        whole = b''
-        while more := os.read(self.journal, 1<<20): whole += more
-        whole = whole.rpartition(b'\n')[0] # a torn last line was never written
-        first,*lines = whole.split(b'\n')
-        if not first or not self.data.is_dir(): return False
-        if first!=self.job:
-            raise FileExistsError(f"{self.root} holds an unfinished merge of other inputs or "
-                "settings: repeat that merge to finish it, or delete the folder")
-        os.ftruncate(self.journal, len(whole)+1)
-        # more digits than a number of a piece has are no number
-        found = [re.fullmatch(rb'(\d{1,12}) ([0-9a-f]{16})', o) for o in lines]
-        self.done = {int(m[1]): int(m[2], 16) for m in found if m}
-        return True
+@patch
+def _continue(self:Partial):
+    "Whether there is something to continue; `done` is then `{number of a piece: checksum}`, as the journal says"
+    if (n := os.fstat(self.journal).st_size)>JOURNAL: raise _in_the_way(self.root/'journal')
+    os.lseek(self.journal, 0, os.SEEK_SET)
+    whole = b''
+    while more := os.read(self.journal, 1<<20): whole += more
+    whole = whole.rpartition(b'\n')[0] # a torn last line was never written
+    first,*lines = whole.split(b'\n')
+    if not first or not self.data.is_dir(): return False
+    if first!=self.job:
+        raise FileExistsError(f"{self.root} holds an unfinished merge of other inputs or "
+            "settings: repeat that merge to finish it, or delete the folder")
+    os.ftruncate(self.journal, len(whole)+1)
+    # more digits than a number of a piece has are no number
+    found = [re.fullmatch(rb'(\d{1,12}) ([0-9a-f]{16})', o) for o in lines]
+    self.done = {int(m[1]): int(m[2], 16) for m in found if m}
+    return True
 
-    def _give_up(self, why):
-        "Leave what was there as it was"
-        if isinstance(why, FileExistsError): self.made = [] # of another process, or in the way
-        elif self.journal is not None and self.root in self.made: os.unlink(self.root/'journal')
-        if self.journal is not None: os.close(self.journal)
-        for o in self.made:
-            try: o.rmdir()
-            except OSError: break
+@patch
+def _give_up(self:Partial, why):
+    "Leave what was there as it was"
+    if isinstance(why, FileExistsError): self.made = [] # of another process, or in the way
+    elif self.journal is not None and self.root in self.made: os.unlink(self.root/'journal')
+    if self.journal is not None: os.close(self.journal)
+    for o in self.made:
+        try: o.rmdir()
+        except OSError: break
 
 # %% ../nbs/56_journal.ipynb #0000000c
 def _reserve(fd, nbytes):

@@ -61,6 +61,7 @@ def _row(plan, row, models, sources, dtype, laid):
     layout = laid[next(m for m in coefs if m!='base')][k] if row['op']!='linear' else None
     return Row(row['name'], k, info, coefs, same, row['op'], tuple(grams), part, layout)
 
+# %% ../nbs/55_stream.ipynb #0000f141
 def _name_misfit(name, models):
     "`(tensor, problem, remedy)` for a row that cannot be written under its name, or None"
     _,at,task = name.partition('@')

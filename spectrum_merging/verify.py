@@ -192,7 +192,7 @@ def verify(
     meta = metadata(plan, sources, {m: o['sha256'] for m,o in told['inputs'].items()},
         told['made_by'])
     res = [(f, '', '', check, ok) for f,check,ok in [*_input_checks(sources, told['inputs']),
-        ('plan.csv', 'digest', plan.digest==told['plan_digest']), ('merge.json', 'ties', told['tied']==ties),
+        ('plan.csv', 'digest', plan.digest==told['plan_digest']), ('merge.json', 'shared tensors', told['tied']==ties),
         *_file_checks(out, files, meta, told, models)]]
     if not [o for o in res if o[3]=='header' and not o[-1]]:
         # a folder with something strange in it may be one that cannot be opened, and that was said

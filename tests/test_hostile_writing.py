@@ -309,11 +309,11 @@ def test_ties_come_from_the_models(models, tmp_path):
     plan = make_plan('standard', models)
     out = merge(plan, models, out=tmp_path/'out')
     sealed(out, lambda m: m['tied'].update({'l0.weight': 'l1.weight'}))
-    assert bad(out)=={('merge.json', 'ties')}
+    assert bad(out)=={('merge.json', 'shared tensors')}
     sd = load_file(out/'model.safetensors')
     sd.pop('l0.weight')
     save_file(sd, out/'model.safetensors')
-    assert {('merge.json', 'ties'), ('model.safetensors', 'header')} <= bad(out)
+    assert {('merge.json', 'shared tensors'), ('model.safetensors', 'header')} <= bad(out)
 
 @pytest.mark.parametrize('key', ['made_by','plan_digest','files_from','files','tied','inputs','outputs','dtype','shard_size'])
 @pytest.mark.parametrize('value', [None, 3, 'x', [], [1], {'a': 1}, {'a': {}}, {'a': {'sha256': [], 'source': 3}}, 1e400, True, 'absent'],

@@ -512,7 +512,7 @@ def test_folders_stay_verifiable(kind, tmp_path):
     models,base = {m: frozen/f'{m}.safetensors' for m in ('cat','dog')},frozen/'base.safetensors'
     told = json.loads((frozen/kind/'merge.json').read_text())
     found = verify(frozen/kind, models, base if 'base' in told['inputs'] else None, all=True)
-    assert found.ok.all() and set(found.check)=={'sha256','digest','ties','header','made again'}
+    assert found.ok.all() and set(found.check)=={'sha256','digest','shared tensors','header','made again'}
     again = merge(Plan.load(frozen/kind/'plan.csv'), models, base, tmp_path/kind, dtype=told['dtype'])
     for o in [*again.rglob('*.safetensors'), again/'plan.csv']:
         assert o.read_bytes()==(frozen/kind/o.relative_to(again)).read_bytes()
