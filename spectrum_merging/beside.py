@@ -8,10 +8,10 @@ Docs: nbs/39_beside.ipynb"""
 __all__ = ['holds_weights', 'files_beside', 'config_conflicts', 'tokenizer_conflicts', 'copy_beside']
 
 # %% ../nbs/39_beside.ipynb #00000003
-import json, os, re, shutil
+import os, re, shutil
 from pathlib import Path
 from .checkpoint import Checkpoint
-from .files import write_json
+from .files import lies_inside, parse_json, read_text, write_json
 from .formats import is_training_state, read_config
 
 # %% ../nbs/39_beside.ipynb #00000006
@@ -30,12 +30,6 @@ _made = 'merge.json','plan.csv','README.md'
 # Larger than any tokenizer or configuration; what is larger is data that happens to lie there.
 _too_large = 2_000_000_000
 
-def _within(path, folder):
-    "Whether a file lies in the folder, or in the hub cache that the folder is a snapshot of"
-    real,homes = path.resolve(),[folder.resolve()]
-    if folder.absolute().parent.name=='snapshots': homes.append(folder.absolute().parent.parent.resolve()/'blobs')
-    return any(real.is_relative_to(o) for o in homes)
-
 def files_beside(
     folder, # Of a model; None for one in memory
 ) -> tuple: # Paths relative to it, and `{path: why}` of what is left out though it is neither weights nor training state
@@ -48,7 +42,7 @@ def files_beside(
             path = Path(at)/name
             short = path.relative_to(folder)
             if name[0]=='.' or _weights.search(name) or is_training_state(name) or _logs.match(name) or short.as_posix() in _made: continue
-            if not _within(path, folder): left[short.as_posix()] = 'a link that leaves its folder'
+            if not lies_inside(path, folder): left[short.as_posix()] = 'a link that leaves its folder'
             elif not path.is_file(): left[short.as_posix()] = 'no regular file'
             elif path.stat().st_size>_too_large: left[short.as_posix()] = f'{path.stat().st_size/1e9:.1f} GB'
             else: found.append(short)
@@ -114,9 +108,10 @@ def config_conflicts(
 # %% ../nbs/39_beside.ipynb #0000000e
 def _tokens(path):
     "`{token: number}` of a tokenizer's file; None where it is in a form of its own"
-    text = path.read_text(encoding='utf-8')
+    text = read_text(path)
     if path.suffix=='.txt': return {k: i for i,k in enumerate(text.split('\n')) if k}
-    data = json.loads(text)
+    data = parse_json(text, path)
+    if not isinstance(data, dict): raise ValueError(f"{path} maps no tokens to numbers")
     if path.name!='tokenizer.json': return data
     vocab = (data.get('model') or {}).get('vocab')
     if isinstance(vocab, list): vocab = {o[0]: i for i,o in enumerate(vocab)}
@@ -126,7 +121,7 @@ def _tokens(path):
 _vocabularies = 'tokenizer.json','vocab.json','vocab.txt'
 
 def _vocabulary(o):
-    return next((p for f in _vocabularies if o.folder and (p := o.folder/f).is_file()), None)
+    return next((p for f in _vocabularies if o.folder and (p := o.folder/f).is_file() and lies_inside(p, o.folder)), None)
 
 def tokenizer_conflicts(
     models:dict, # `{name: Checkpoint}`
@@ -137,9 +132,11 @@ def tokenizer_conflicts(
     if len(files)<2: return [],[]
     first,problems,notes = next(iter(files)),[],[]
     for m,p in files.items():
-        if p.name!=files[first].name or p.read_bytes()==files[first].read_bytes(): continue
-        try: a,b = _tokens(files[first]),_tokens(p)
-        except (ValueError, KeyError, TypeError, AttributeError): continue # of a kind that is not known here
+        if p.name!=files[first].name: continue
+        try:
+            if read_text(p)==read_text(files[first]): continue
+            a,b = _tokens(files[first]),_tokens(p)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError): continue # of a kind that is not known here
         odd = [k for k in a if k in b and a[k]!=b[k]]
         if odd: problems.append((f'token {odd[0]!r}', f'is number {a[odd[0]]} in {first}, {b[odd[0]]} in {m} ({len(odd):,} tokens '
             'differ): a row of the embedding is another word',

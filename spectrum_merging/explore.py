@@ -76,13 +76,21 @@ def flipped(
     return table.unit[~np.isclose(table[cols], old).all(1)].tolist()
 
 # %% ../nbs/90_explore.ipynb #00000015
+# Longer names leave no room for the picture that they belong to
+_shown_letters = 40
+
+def _label(name):
+    "A name as matplotlib may write it: no formula between dollars, and none left out for its first letter"
+    text = name if len(name)<=_shown_letters else name[:_shown_letters-1]+'…'
+    return ' '*(text[:1]=='_')+text.replace('$', r'\$')
+
 def _colors(table): return {t: f'C{i}' for i,t in enumerate(_tasks(table))}
 
 def _draw_coefs(ax, table, flips):
     "Each layer's coefficients as a stack; flipped layers marked"
     at,low = np.arange(len(table)),np.zeros(len(table))
     for k,color in (dict(base='0.72') | _colors(table)).items():
-        ax.bar(at, table[k], .8, low, color=color, label=k)
+        ax.bar(at, table[k], .8, low, color=color, label=_label(k))
         low = low+table[k].to_numpy(float)
     ax.plot(at[table.unit.isin(flips)], np.full(len(flips), 1.09), 'kv', ms=6,
         label='changed by the last step')
@@ -102,7 +110,7 @@ def _draw_snrs(ax, table):
     ax.yaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
     ax.yaxis.set_major_formatter('{x:g}')
     ax.yaxis.set_minor_locator(NullLocator())
-    ax.set_xticks(at, table.unit, rotation=90, fontsize=8)
+    ax.set_xticks(at, table.unit.map(_label), rotation=90, fontsize=8)
 
 # %% ../nbs/90_explore.ipynb #00000016
 def _mean_scores(scores, tasks):
@@ -126,7 +134,7 @@ def _draw_scores(ax, table, scores, experts):
             color='k' if small else 'w')
     if not len(mean): ax.text(.5, .5, 'not measured', transform=ax.transAxes, ha='center')
     ax.set(ylabel='accuracy', ylim=(0, 1.02), xlim=(-.6, len(tasks)-.4))
-    ax.set_xticks(range(len(tasks)), tasks, fontsize=9, rotation=90*(sum(map(len, tasks))>24))
+    ax.set_xticks(range(len(tasks)), [_label(t) for t in tasks], fontsize=9, rotation=90*(sum(map(len, tasks))>24))
 
 def _caption(scores):
     "How many images and seeds, and what the whiskers are"
@@ -198,16 +206,38 @@ def describe(
 # %% ../nbs/90_explore.ipynb #00000020
 _needed = ['strategy','of','top','task','accuracy','lo','hi','n','seed']
 
+# What a picture of 960 pixels can show, and a name that a page can
+_most_layers,_longest = 5000,200
+
+def _check_names(names, what):
+    "Raise `ValueError` for names that no page could show"
+    for o in names:
+        if not isinstance(o, str) or not o.isprintable() or not o.strip() or len(o)>_longest:
+            raise ValueError(f"{what} {o!r:.60} is no name that can be shown: it needs letters, and at most {_longest}")
+
+def _check_numbers(rows):
+    "Raise `ValueError` for columns that do not hold the numbers they are for"
+    for k in ('top','accuracy','lo','hi','n','seed'):
+        if not pd.api.types.is_numeric_dtype(rows[k]) or not np.isfinite(rows[k].dropna()).all() or k!='top' and rows[k].isna().any():
+            raise ValueError(f"rows have a {k} that is no number: run `spectrum-run` again")
+    if not rows[['accuracy','lo','hi']].stack().between(0, 1).all(): raise ValueError("rows have an accuracy that is no share: it is from 0 to 1")
+
 def _checked(scans, rows, experts):
     "`rows` with their normalised accuracy. Raises `ValueError` for tables that make no panel"
     if lost := [k for k in _needed if k not in rows]:
         raise ValueError(f"rows lack the columns {lost}: pass one row per merge, task and seed")
     if not len(rows) or rows.top.isna().all():
         raise ValueError("rows hold no measured share of layers (column top)")
+    _check_numbers(rows)
+    _check_names(experts, 'task')
+    for k in ('bn','strategy'): _check_names(rows[k].dropna().unique() if k in rows else [], k)
     for of,found in scans.items():
         if lost := sorted((set(found) ^ set(experts)) | (set(found) - set(rows.task))):
             raise ValueError(f"scans[{of!r}], rows and experts are of different tasks "
                 f"({', '.join(lost)}): pass the same ones")
+        for df in found.values():
+            _check_names(df.unit.unique(), 'layer')
+            if len(df)>_most_layers: raise ValueError(f"a scan has {len(df):,} layers, and the panel shows up to {_most_layers:,}")
         decide(found, _usable(len(found))[-1])
     return rows if 'normalised' in rows else normalise(rows, experts)
 

@@ -19,6 +19,7 @@ from .arithmetic import Scratch, number_types, storage, weighted_sum, widen
 from .checkpoint import Checkpoint
 from .edges import default_estimator, shrinker
 from .files import atomic_folder
+from .formats import read_config
 from fastcore.basics import patch
 from .merge import check_out, load_task, merge
 from .operations import gram_svd
@@ -163,12 +164,6 @@ def _rounded(x, dtype, name):
 _tasks = (('SequenceClassification','SEQ_CLS'), ('TokenClassification','TOKEN_CLS'), ('QuestionAnswering','QUESTION_ANS'),
     ('CausalLM','CAUSAL_LM'), ('LMHeadModel','CAUSAL_LM'), ('ConditionalGeneration','SEQ_2_SEQ_LM'))
 
-def _config_of(ckpt):
-    "config.json beside a model, or {}"
-    try: res = json.loads((ckpt.folder/'config.json').read_text(encoding='utf-8'))
-    except (TypeError, OSError, ValueError): return {}
-    return res if isinstance(res, dict) else {}
-
 def _peft_config(ranks, saved, biases, base, arch, turned):
     "What adapter_config.json says"
     common = Counter(ranks.values()).most_common(1)[0][0]
@@ -306,7 +301,7 @@ def extract(
     base = Checkpoint(base)
     model = Checkpoint(model, base)
     _check_pair(model, base)
-    units,config = find_units(model.infos, None, model.aliases),_config_of(model) or _config_of(base)
+    units,config = find_units(model.infos, None, model.aliases),read_config(model.folder) or read_config(base.folder)
     own,ties = _kinds(config, list(model))
     ties |= {*model.aliases, *model.aliases.values()}
     fates = {k: _fate(k, *own[k], model, base, units, ties) for k in model if not _same(k, model, base)}

@@ -174,6 +174,7 @@ def _enter(self:Partial):
     os.ftruncate(self.journal, 0)
     self.data.mkdir()
 
+# %% ../nbs/56_journal.ipynb #0000f143
 @patch
 def _continue(self:Partial):
     "Whether there is something to continue; `done` is then `{number of a piece: checksum}`, as the journal says"

@@ -8,10 +8,10 @@ Docs: nbs/60_merge.ipynb"""
 __all__ = ['check_out', 'merge', 'loading', 'load_model', 'task_state', 'load_task']
 
 # %% ../nbs/60_merge.ipynb #00000002
-import json, os
+import os
 from pathlib import Path
 from .checkpoint import Checkpoint, file_metadata
-from .files import free_folder, read_json, user_path
+from .files import free_folder, parse_json, read_json, user_path
 from .folder import tied, ways_to_load, write_folder
 from .journal import landed, partial_place
 from .plan import Plan
@@ -138,7 +138,9 @@ def load_task(
 ) -> dict: # State dict
     "Shared body and one head from a merged folder. Raises `FileNotFoundError` or `KeyError`"
     body = Checkpoint(Path(out))
-    tied = json.loads(file_metadata(body.files[0]).get('tied', '{}'))
+    tied = parse_json(file_metadata(body.files[0]).get('tied', '{}'), f'tied in {body.files[0]}')
+    if not isinstance(tied, dict) or not all(isinstance(o, str) for o in tied.values()):
+        raise ValueError(f"tied in {body.files[0]} is {str(tied)[:60]}: it maps names to names; merge again")
     tasks = {o.stem: o for o in sorted((Path(out)/'heads').glob('*.safetensors'))}
     if tasks and task not in tasks:
         raise KeyError(f"task is {task!r}: {out} has heads for {', '.join(tasks)}")

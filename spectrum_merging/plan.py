@@ -17,7 +17,7 @@ from pathlib import Path
 from . import __version__, operations # whose rules add themselves
 from .files import atomic, free_file, parse_json, read_text
 from .heads import task_heads
-from .preflight import check_model_name, guesses, name_models, preflight, row_columns
+from .preflight import guesses, name_models, preflight, row_columns
 from .rules import Recipe, recipe, rules
 from .edges import default_estimator
 from .strategies import check_cut, cut_value
@@ -413,7 +413,7 @@ def save(
     "Write the plan. Raises `FileExistsError` where the file exists"
     path = free_file(path, overwrite)
     # a lone return ends a line for whoever reads a table, unless it stands in quotes
-    odd = any('\r' in str(o) for k in self.table.select_dtypes(exclude='number') for o in self.table[k])
+    odd = any('\r' in str(o) for k in self.table for o in (k, *(self.table[k] if self.table[k].dtype.kind not in 'fiub' else ())))
     text = f'# {json.dumps(self.meta)}\n' + self.table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC if odd else csv.QUOTE_MINIMAL)
     with atomic(path) as tmp: tmp.write_bytes(text.encode())
     return path
@@ -433,7 +433,6 @@ def _meta(head):
     models = meta.get('models') if isinstance(meta, dict) else None
     if not (head.startswith('#') and isinstance(models, list) and all(isinstance(o, str) for o in models)):
         raise ValueError("its first line does not name the models")
-    for o in models: check_model_name(o)
     if len(set(models))<len(models): raise ValueError(f"its first line names a model twice: {', '.join(models)}")
     notes = meta.get('notes', [])
     if not isinstance(notes, list) or not all(isinstance(o, str) for o in notes):

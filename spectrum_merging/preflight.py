@@ -34,7 +34,7 @@ def check_model_name(
     bad = (not isinstance(name, str) or name in row_columns+['passes','reason'] or name.startswith(('snr_','.'))
         or set('@/\\:') & set(name) or not name.strip() or not name.isprintable() or len(name.encode('utf-8', 'replace'))>_longest_name)
     if bad:
-        raise ValueError(f"model name {str(name)[:100]!r} is taken or unusable: use plain words other than "
+        raise ValueError(f"model name {name!r:.100} is taken or unusable: use plain words other than "
             f"{', '.join(row_columns)}, passes, reason, snr_…, without @, colons and slashes, and no dot in front")
 
 def name_models(

@@ -8,10 +8,11 @@ Docs: nbs/11_quantised.ipynb"""
 __all__ = ['dequantised']
 
 # %% ../nbs/11_quantised.ipynb #00000003
-import json, numpy as np, re
+import numpy as np, re
 from dataclasses import replace
 from math import prod
 from .arithmetic import float8_values, number_types, storage, widen
+from .files import parse_json
 
 # %% ../nbs/11_quantised.ipynb #00000007
 _methods = ( # What names end in, and a neighbour that must be there, in this order
@@ -165,17 +166,18 @@ def _four_bit(name, entries):
     parts = {k.removeprefix(start): o for k,o in entries.items() if k.startswith(start)}
     key = next((k for k in parts if k.startswith('quant_state.bitsandbytes__')), None)
     try:
-        state = json.loads(_stored(parts.pop(key)).tobytes())
+        state = parse_json(_stored(parts.pop(key)).tobytes().decode(), name)
         shape,numel = tuple(state['shape']),prod(state['shape'])
         nested = 'nested_absmax' in parts
         blocks = -(-numel//state['blocksize'])
-        ok = (all(type(o) is int and o>0 for o in shape) and entries[name].info.dtype=='uint8'
+        sizes = [state['blocksize'], *([state['nested_blocksize']] if nested else [])]
+        ok = (all(type(o) is int and o>0 for o in sizes) and all(type(o) is int and o>0 for o in shape) and entries[name].info.dtype=='uint8'
             and entries[name].info.numel==-(-numel//2) and parts['quant_map'].info.numel==16
             and number_types[state['dtype']].eps and parts['absmax'].info.numel==blocks
-            and parts['absmax'].info.is_float!=nested and (not nested or _number(state['nested_offset'])
+            and parts['absmax'].info.is_float!=nested and (not nested or _number(state['nested_offset']) and abs(state['nested_offset'])<1e30
             and parts['nested_quant_map'].info.numel==256 and parts['absmax'].info.dtype=='uint8'
             and parts['nested_absmax'].info.numel==-(-blocks//state['nested_blocksize'])))
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError): ok = False
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, OverflowError): ok = False
     if not ok: raise _refuse(f'bitsandbytes, 4 bit, and {name} lacks a readable quant_state', entries)
     return _FourBit(entries[name], parts, state)
 

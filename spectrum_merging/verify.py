@@ -56,10 +56,13 @@ def _open_source(name, told, given, base=None):
     "A source of a merge as a `Checkpoint`, from where it was or from what is given"
     if given is None and told['source'] is None:
         raise ValueError(f"{name} was merged from memory: pass it, models={{{name!r}: …}}")
-    try: return Checkpoint(told['source'] if given is None else given, told.get('base') if base is None else base)
+    # a manifest may come from anybody: what it names is looked for here, and downloaded only where the user names it
+    try:
+        if base is None and told.get('base') is not None: base = Checkpoint(told['base'], hub=False)
+        return Checkpoint(told['source'], base, hub=False) if given is None else Checkpoint(given, base)
     except FileNotFoundError as e:
-        raise FileNotFoundError(f"{name} is no longer at {told['source']} ({e}): "
-            "say where it is now, models={name: path}" + ", base=path"*('base' in told)) from e
+        raise FileNotFoundError(f"{name} is not at {told['source']!r:.200} ({e}): "
+            "say where it is, models={name: path or hub id} (NAME=PATH)" + ", base=path"*('base' in told)) from e
 
 def _input_checks(sources, told):
     "`(file, check, ok)` of every input file"
@@ -176,7 +179,7 @@ def verify(
     if odd := set(given)-known:
         raise ValueError(f"the merge has no input {sorted(odd)[0]!r}: {', '.join(told['inputs'])}")
     base = given.get('base')
-    if base is None and 'base' in told['inputs']: base = told['inputs']['base']['source']
+    if base is None and 'base' in told['inputs']: base = _open_source('base', told['inputs']['base'], None)
     sources = {m: _open_source(m, o, given.get(m), base) for m,o in told['inputs'].items()}
     plan = Plan.load(out/'plan.csv')
     parts = {*plan.models, 'base', *(f'grams@{m}' for m in plan.models)}
@@ -194,9 +197,9 @@ def verify(
     res = [(f, '', '', check, ok) for f,check,ok in [*_input_checks(sources, told['inputs']),
         ('plan.csv', 'digest', plan.digest==told['plan_digest']), ('merge.json', 'shared tensors', told['tied']==ties),
         *_file_checks(out, files, meta, told, models)]]
-    if not [o for o in res if o[3]=='header' and not o[-1]]:
+    if not [o for o in res if o[3]=='header' and not o[4]]:
         # a folder with something strange in it may be one that cannot be opened, and that was said
         try: res += _tensor_checks(plan, rows, files, out, sources, told, None if all else sample, n_workers)
         except ValueError:
-            if min(o[-1] for o in res): raise
+            if min(o[4] for o in res): raise
     return pd.DataFrame(res, columns=['file','tensor','rule','check','ok'])
