@@ -10,7 +10,7 @@ __all__ = ['LONGEST', 'DEEPEST', 'LARGE', 'OPEN_FILES', 'user_path', 'lies_insid
            'write_json', 'read_json', 'cache_dir', 'sha256', 'known_sha256', 'digest', 'InputFile']
 
 # %% ../nbs/07_files.ipynb #00000003
-import errno, hashlib, json, os, re, secrets, shutil, stat, threading, time
+import errno, hashlib, json, os, re, shutil, stat, threading, time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -180,7 +180,7 @@ def atomic(
     "A temporary sibling to write to; it takes the place of `path` if nothing goes wrong"
     path = Path(path)
     # nobody can guess the name and put a link there; what is there already is not opened
-    tmp = path.with_name(f'.{secrets.token_hex(4)}.{path.name}')
+    tmp = path.with_name(f'.{os.urandom(4).hex()}.{path.name}')
     os.close(os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield tmp

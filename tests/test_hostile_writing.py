@@ -220,10 +220,9 @@ def test_hash_of_a_file_changed_in_place(tmp_path, monkeypatch):
 
 def test_temporary_names_are_new(tmp_path, monkeypatch):
     "What lies under the name that a file is written under is not opened"
-    import secrets
-    monkeypatch.setattr(secrets, 'token_hex', lambda n: 'guessed')
+    monkeypatch.setattr(os, 'urandom', lambda n: b'guess')
     (tmp_path/'victim').write_text('precious')
-    (tmp_path/'.guessed.f').symlink_to(tmp_path/'victim')
+    (tmp_path/f'.{b"guess".hex()}.f').symlink_to(tmp_path/'victim')
     with pytest.raises(FileExistsError):
         with atomic(tmp_path/'f') as tmp: tmp.write_text('x')
     assert (tmp_path/'victim').read_text()=='precious'
