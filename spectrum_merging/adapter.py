@@ -8,12 +8,14 @@ Docs: nbs/11_adapter.ipynb"""
 __all__ = ['read_adapter', 'looks_adapted', 'prefix_lost', 'adapted_config', 'stored_turned', 'adapted']
 
 # %% ../nbs/11_adapter.ipynb #00000003
-import json, re
+import re
 from math import prod, sqrt
 from pathlib import Path
 from .arithmetic import number_types
+from .files import own_file, parse_json, read_text
 from .formats import loaded_names
 from .lowrank import Adapted, Cast, Column, Resting, Update
+from .patterns import pattern
 
 # %% ../nbs/11_adapter.ipynb #00000006
 # Options that do not change what a saved LoRA is, or are looked at below.
@@ -30,8 +32,9 @@ def read_adapter(
 ) -> dict: # The configuration of a LoRA
     "What an adapter says of itself. Raises `ValueError` for anything but LoRA"
     file = folder/'adapter_config.json'
-    try: config = json.loads(file.read_text(encoding='utf-8'))
-    except (ValueError, OSError, RecursionError) as e: raise ValueError(f"{file} is no readable JSON ({e}): save the adapter again") from e
+    own_file(file, folder)
+    try: config = parse_json(read_text(file), 'it')
+    except (ValueError, OSError) as e: raise ValueError(f"{file} is no readable JSON ({e}): save the adapter again") from e
     if not isinstance(config, dict): raise ValueError(f"{file} holds no options: save the adapter again")
     if (kind := config.get('peft_type'))!='LORA':
         raise ValueError(f"{folder} is an adapter of type {kind}, which is not supported (LORA is): {_remedy}")
@@ -42,21 +45,25 @@ def read_adapter(
             "save_pretrained(path_initial_model_for_weight_conversion=…), which makes it a LoRA of the base as it was")
     for k in ('rank_pattern','alpha_pattern'):
         if not isinstance(config.get(k) or {}, dict): raise ValueError(f"{file}: {k} is no table")
-        for pattern in config.get(k) or {}: _compiled(pattern, file)
+        for o in config.get(k) or {}: _compiled(o, file)
     for k,v in [('r', config.get('r', 8)), ('lora_alpha', config.get('lora_alpha', 8)),
             *(config.get('rank_pattern') or {}).items(), *(config.get('alpha_pattern') or {}).items()]:
-        if type(v) not in (int, float) or not abs(v)<1e9: raise ValueError(f"{file}: {k} is {v!r}, no number")
+        if type(v) not in (int, float) or not abs(v)<1e9: raise ValueError(f"{file}: {k} is {v!r:.60}, no number")
+    for k,kind in dict(task_type=str, base_model_name_or_path=str, modules_to_save=list).items():
+        if not isinstance(config.get(k), (kind, type(None))): raise ValueError(f"{file}: {k} is {config[k]!r:.60}, no {kind.__name__}")
     return config
 
-def _compiled(pattern, file):
+def _compiled(text, file):
     "As PEFT reads the keys of its tables: the end of a module's name"
-    try: return re.compile(rf'(.*\.)?({pattern})$')
-    except re.error as e: raise ValueError(f"{file}: {pattern!r} is no pattern ({e})") from e
+    try: ends = pattern(text)
+    except ValueError as e: raise ValueError(f"{file}: {e}") from e
+    def fits(module): return any(len(module) in ends(module, i) for i in (0, *(i+1 for i,c in enumerate(module) if c=='.')))
+    return fits
 
 def _by_pattern(config, table, module, default):
     "What a table says of a module"
     found = config.get(table) or {}
-    return next((v for k,v in found.items() if _compiled(k, table).match(module)), default)
+    return next((v for k,v in found.items() if _compiled(k, table)(module)), default)
 
 # %% ../nbs/11_adapter.ipynb #00000009
 _factor = re.compile(r'(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.(weight|bias))?$')

@@ -81,7 +81,7 @@ def watched(
     cmd:list, # Command and arguments
 ) -> tuple[float, float, str]: # Seconds, peak resident memory in MiB, end of its output
     "Run a command. Raises `RuntimeError` where it fails"
-    p = subprocess.run([sys.executable, '-c', _watch, *map(str, cmd)], capture_output=True,
+    p = subprocess.run([sys.executable, '-P', '-c', _watch, *map(str, cmd)], capture_output=True,
         text=True)
     if p.returncode: raise RuntimeError(f"{cmd[0]} failed: {p.stderr[-2000:]}")
     return tuple(json.loads(p.stdout))

@@ -14,13 +14,46 @@ from functools import wraps
 from typing import Annotated
 
 # %% ../nbs/95_cli.ipynb #00000005
+def _shown(text):
+    "A text as a terminal may show it: names in files may hold what moves its cursor"
+    return ''.join(c if c.isprintable() or c=='\n' else c.encode('unicode_escape', 'surrogatepass').decode() for c in str(text))
+
+def _of_system(e):
+    "What an error of the system says, where, and what helps"
+    from spectrum_merging.files import remedy
+    if e.errno is None or not e.strerror: return str(e)
+    return f"{e.filename}: {e.strerror}; {remedy(e)}" if e.filename else e.strerror
+
+def _message(e):
+    "What to say of an error"
+    if isinstance(e, MemoryError): return f"not enough memory ({e or 'none was left'}): use fewer workers (--workers 1) or a machine with more"
+    if isinstance(e, RecursionError): return "something in the inputs is nested too deeply: it is damaged, or made to do harm"
+    if isinstance(e, KeyError) and e.args: return e.args[0]
+    if isinstance(e, OSError): return _of_system(e)
+    if isinstance(e, (ValueError, TypeError, RuntimeError, ArithmeticError)): return str(e) or type(e).__name__
+    return f"{type(e).__name__}: {e}; this is a fault of spectrum-merging, SPECTRUM_TRACEBACK=1 shows where"
+
+def _stop(text):
+    "End after Ctrl-C as a shell expects it"
+    print(text, file=sys.stderr)
+    raise SystemExit(130)
+
 def _says_errors(f):
-    "Turn errors a user can mend into a message; `call_parse` prints it and exits with status 1"
+    "Turn errors into a line; `call_parse` prints it and exits with status 1, after Ctrl-C with 130"
     @wraps(f)
     def inner(*args, **kwargs):
-        try: return f(*args, **kwargs)
-        except (ValueError, TypeError, KeyError, OSError) as e:
-            raise CliError(e.args[0] if isinstance(e, KeyError) else str(e)) from e
+        try:
+            res = f(*args, **kwargs)
+            sys.stdout.flush()
+            return res
+        except CliError: raise
+        except BrokenPipeError: # whoever read the output has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
+        except KeyboardInterrupt: _stop("interrupted")
+        except Exception as e:
+            if os.environ.get('SPECTRUM_TRACEBACK'): raise
+            raise CliError(_shown(_message(e))) from e
     return inner
 
 # %% ../nbs/95_cli.ipynb #00000007
@@ -35,13 +68,12 @@ def scan_cli(
     out:str=None, # CSV file to write instead of printing the table
 ):
     "Signal-to-noise ratio of every matrix of a model, or of its fine-tuning update"
-    from pathlib import Path
-    if out and Path(out).exists(): raise FileExistsError(f"{out} exists: choose another name")
+    if out and os.path.lexists(out): raise FileExistsError(f"{out} exists: choose another name")
     from spectrum_merging.edges import default_estimator
     from spectrum_merging.scan import scan
     df = scan(model, base, estimator=estimator or default_estimator, of=of, n_workers=workers,
         progress=sys.stderr.isatty())
-    for o in df.attrs['notes']: print(o, file=sys.stderr)
+    for o in df.attrs['notes']: print(_shown(o), file=sys.stderr)
     if out: df.to_csv(out, index=False)
     else: print(df.drop(columns=['unit','estimator','of']).to_string(index=False,
         float_format='{:.4g}'.format))
@@ -60,7 +92,7 @@ def _named(models):
 
 def _bytes(text):
     "Number of bytes of '5GB', '200 MB' or '1000'. Raises `ValueError`"
-    m = re.fullmatch(r'\s*(\d+(?:\.\d*)?)\s*([KMGT]?)B?\s*', text, re.I)
+    m = re.fullmatch(r'\s*(\d{1,18}(?:\.\d*)?)\s*([KMGT]?)B?\s*', text, re.I)
     n = int(float(m[1])*1000**' KMGT'.index(m[2].upper() or ' ')) if m else 0
     if n<1: raise ValueError(f"shard size is {text!r}: pass a size like 5GB or 200MB")
     return n
@@ -103,21 +135,20 @@ def merge_cli(
     "Merge models by the signal-to-noise ratio of their layers; if interrupted, rerun to continue"
     shard_size = _bytes(shard_size)
     from spectrum_merging.merge import check_out, loading, merge
-    check_out(out)
     from spectrum_merging.plan import Plan, make_plan
     models = _named(models)
+    check_out(out, [*(models.values() if isinstance(models, dict) else models), base])
     if plan: table = Plan.load(plan)
     else:
         heads = None if heads is None else [] if heads=='none' else heads.split(',')
         table = make_plan(strategy, models, base, scale=scale, estimator=estimator, of=of, top=top,
             threshold=threshold, protocol=protocol, heads=heads, out=out, files_from=files_from,
             progress=sys.stderr.isatty())
-    for o in table.meta.get('notes', []): print(o)
+    for o in table.meta.get('notes', []): print(_shown(o))
     more = dict(n_workers=workers, progress=sys.stderr.isatty())
     if as_adapter: return print(_as_adapter(table, models, base, out, dtype, more))
     try: merge(table, models, base, out, dtype=dtype, shard_size=shard_size, files_from=files_from, **more)
-    except KeyboardInterrupt as e:
-        raise CliError("interrupted; the same command continues where it stopped") from e
+    except KeyboardInterrupt: _stop("interrupted; the same command continues where it stopped")
     print(f'{_summary(table)}\nwritten to {out}; the decision for each tensor is in {out}/plan.csv')
     for o in loading(table, models, base, files_from, out): print(o)
 
@@ -264,16 +295,16 @@ def explore_cli(
     no_browser:bool=False, # Only serve the page, open no window
 ):
     "Try strategies on measured merges in a browser; Ctrl-C ends it"
+    from contextlib import chdir
     from importlib.util import find_spec
-    from pathlib import Path
     from tempfile import TemporaryDirectory
-    from spectrum_merging.explore import read_folder, write_notebook
-    read_folder(folder)
-    if not find_spec('voila'):
-        raise CliError("the page needs voila: pip install 'spectrum-merging[browser]'; in a "
-            "notebook, spectrum_merging.explore.MergePanel.from_folder shows the same without it")
-    from voila.app import main
-    with TemporaryDirectory() as tmp:
-        file = write_notebook(folder, Path(tmp)/f'{Path(folder).resolve().name}.ipynb')
-        main([str(file), f'--port={port}', '--Voila.ip=127.0.0.1']
-            + ['--no-browser']*bool(no_browser))
+    from spectrum_merging.files import user_path
+    folder = user_path(folder).absolute()
+    # matplotlib, Jupyter and voila read settings, and code, from where they are started
+    with TemporaryDirectory() as tmp, chdir(tmp):
+        from spectrum_merging.explore import read_folder, serve
+        read_folder(folder)
+        if not find_spec('voila'):
+            raise CliError("the page needs voila: pip install 'spectrum-merging[browser]'; in a "
+                "notebook, spectrum_merging.explore.MergePanel.from_folder shows the same without it")
+        serve(folder, tmp, port, not no_browser)

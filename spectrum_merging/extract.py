@@ -19,7 +19,8 @@ from .formats import loaded_names, meta_model
 from .arithmetic import Scratch, number_types, storage, weighted_sum, widen
 from .checkpoint import Checkpoint
 from .edges import default_estimator, shrinker
-from .files import atomic_folder, free_folder
+from .files import atomic_folder
+from .formats import read_config
 from fastcore.basics import patch
 from .merge import check_out, load_task, merge
 from .operations import gram_svd
@@ -164,12 +165,6 @@ def _rounded(x, dtype, name):
 _tasks = (('SequenceClassification','SEQ_CLS'), ('TokenClassification','TOKEN_CLS'), ('QuestionAnswering','QUESTION_ANS'),
     ('CausalLM','CAUSAL_LM'), ('LMHeadModel','CAUSAL_LM'), ('ConditionalGeneration','SEQ_2_SEQ_LM'))
 
-def _config_of(ckpt):
-    "config.json beside a model, or {}"
-    try: res = json.loads((ckpt.folder/'config.json').read_text(encoding='utf-8'))
-    except (TypeError, OSError, ValueError): return {}
-    return res if isinstance(res, dict) else {}
-
 def _peft_config(ranks, saved, biases, base, arch, turned):
     "What adapter_config.json says"
     common = Counter(ranks.values()).most_common(1)[0][0]
@@ -302,12 +297,12 @@ def extract(
 ) -> pd.DataFrame: # A row per tensor that changed: name, becomes, rank, share, change, bytes
     "Write a PEFT LoRA of an update. Raises `ValueError` (nothing changed, does not fit), `FileExistsError`"
     check_rank(rank, energy, threshold)
-    free_folder(out)
+    check_out(out, (model, base))
     if dtype not in (None, 'float32', 'float16', 'bfloat16'): raise ValueError(f"dtype is {dtype!r}: choose 'float32', 'float16' or 'bfloat16'")
     base = Checkpoint(base)
     model = Checkpoint(model, base)
     _check_pair(model, base)
-    units,config = find_units(model.infos, None, model.aliases),_config_of(model) or _config_of(base)
+    units,config = find_units(model.infos, None, model.aliases),read_config(model.folder) or read_config(base.folder)
     own,ties = _kinds(config, list(model))
     ties |= {*model.aliases, *model.aliases.values()}
     fates = {k: _fate(k, *own[k], model, base, units, ties) for k in model if not _same(k, model, base)}
@@ -349,7 +344,7 @@ def merge_adapter(
 ) -> dict: # `{task: rows of extract}`; one with the key None where all tasks share everything
     "Merge, and write the merged update as a PEFT LoRA. Raises what `merge` and `extract` raise"
     if base is None: raise ValueError("an adapter is the update of a base: pass base= (--base)")
-    check_out(out)
+    check_out(out, [*(models.values() if isinstance(models, dict) else models), base])
     check_rank(rank, energy, threshold)
     out,base = Path(out).expanduser().absolute(),Checkpoint(base)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,10 @@ __all__ = ['first_bytes', 'is_safetensors', 'is_pickle', 'foreign', 'foreign_fol
            'loaded_names', 'against_class']
 
 # %% ../nbs/09_formats.ipynb #00000003
-import json, re, subprocess, sys, zipfile
+import json, os, re, subprocess, sys, zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from .files import inside, lies_inside, open_regular, own_file, parse_json, read_text
 
 # %% ../nbs/09_formats.ipynb #00000007
 _again = 'download it again'
@@ -52,8 +53,8 @@ def first_bytes(
     path, # File
     n:int=512, # How many
 ) -> bytes:
-    "The beginning of a file"
-    with Path(path).open('rb') as f: return f.read(n)
+    "The beginning of a file. Raises `ValueError` for a pipe, a device, a folder"
+    with os.fdopen(open_regular(path), 'rb') as f: return f.read(n)
 
 # %% ../nbs/09_formats.ipynb #00000008
 def is_safetensors(
@@ -72,7 +73,7 @@ def is_pickle(
 def _zip_kind(path):
     "'pytorch', or what else a zip archive is and what helps"
     try: names = zipfile.ZipFile(path).namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError): return 'pytorch',''
+    except Exception: return 'pytorch','' # whatever a damaged file makes of the reader: PyTorch will say it
     if any(o.endswith('/constants.pkl') or o=='constants.pkl' for o in names):
         return 'a TorchScript program',"torch.jit.load(path).state_dict() has its weights: save those"
     if any(o.rpartition('/')[2]=='data.pkl' for o in names): return 'pytorch',''
@@ -207,14 +208,38 @@ def state_in(
         "torch.save(torch.load(path, weights_only=True)[NAME], 'one.pt')")
 
 # %% ../nbs/09_formats.ipynb #0000001b
+# The deepest network of a hub has some hundred layers; a class that is built with a million never comes back
+_most = ((re.compile(r'(layer|block|depth|stage)s?$'), 2000, 'layers'),
+    (re.compile(r'(label|class|classe|expert|head)s?$'), 1_000_000, 'parts'))
+
+def _numbers(v): return [o for o in (v if isinstance(v, list) else [v]) if type(o) in (int, float)]
+
+def _check_config(config, path):
+    "Raise `ValueError` for a field of a type, or a number of layers, that no network has"
+    kinds = dict(model_type=str, architectures=list, quantization_config=dict, id2label=dict, label2id=dict)
+    for k,kind in kinds.items():
+        if not isinstance(config.get(k), (kind, type(None))):
+            raise ValueError(f"{path}: {k} is {str(config[k])[:60]!r}, no {kind.__name__}: download it again")
+    if not all(isinstance(o, (str, type(None))) for o in config.get('architectures') or []):
+        raise ValueError(f"{path}: architectures are {str(config['architectures'])[:60]}, no names: download it again")
+    for k,v in config.items():
+        if len(k)>500: raise ValueError(f"{path} has a field of {len(k):,} characters: it is damaged, or made to do harm")
+        for pattern,most,what in _most:
+            if pattern.search(k) and any(not o<=most for o in _numbers(v)):
+                raise ValueError(f"{path}: {k} is {str(v)[:60]}: no network has as many {what}; download it again")
+        if isinstance(v, dict): _check_config(v, path)
+
 def read_config(
     folder, # Folder of a model, or None
-) -> dict: # Empty where there is none
-    "What is in a model's `config.json`"
+) -> dict: # Empty where there is none, or none that can be read
+    "What is in a model's `config.json`. Raises `ValueError` for fields that no network has"
     path = Path(folder or '')/'config.json'
-    try: res = json.loads(path.read_text(encoding='utf-8')) if folder and path.is_file() else {}
-    except (OSError, ValueError, RecursionError): return {}
-    return res if isinstance(res, dict) else {}
+    if not folder or not path.is_file() or not lies_inside(path, folder): return {}
+    try: res = parse_json(read_text(path), path)
+    except ValueError: return {} # but a disk that fails says nothing about the file
+    if not isinstance(res, dict): return {}
+    _check_config(res, path)
+    return res
 
 # %% ../nbs/09_formats.ipynb #0000f0a1
 def weight_folders(
@@ -222,13 +247,14 @@ def weight_folders(
 ) -> list: # Their names
     "Subfolders with weights that `modules.json` of sentence-transformers names, '' for the folder itself. Raises `ValueError`"
     if not (d/'modules.json').is_file(): return ['']
-    try: told = json.loads((d/'modules.json').read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as e: raise ValueError(f"{d}/modules.json is no JSON ({e}): download it again") from e
+    own_file(d/'modules.json', d)
+    told = parse_json(read_text(d/'modules.json'), f'{d}/modules.json')
     if not isinstance(told, list) or not all(isinstance(o, dict) and isinstance(o.get('path'), str) for o in told):
         raise ValueError(f"{d}/modules.json does not list modules with their paths: download it again")
     paths = [o['path'].rstrip('/') for o in told]
     if bad := [o for o in paths if o!=Path(o).name and o or o in ('.', '..')]:
         raise ValueError(f"{d}/modules.json names {bad[0]!r}, which is no folder beside it")
+    for o in filter(None, paths): inside(o, d, f'{d}/modules.json')
     def weights(o): return any(any((d/o).glob(f'*{k}')) for k in ('.safetensors', '.bin'))
     return [o for o in paths if not o or weights(o)] or ['']
 

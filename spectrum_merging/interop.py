@@ -10,7 +10,8 @@ __all__ = ['to_mergekit', 'write_snr_results', 'read_snr_results', 'write_unfroz
 # %% ../nbs/45_interop.ipynb #00000002
 import json, pandas as pd, re, yaml
 from pathlib import Path
-from .files import atomic, free_file
+from .files import atomic, free_file, parse_json, read_text
+from .patterns import pattern
 from .preflight import listed
 from .units import head_tasks, task_of, tensor_name
 
@@ -93,14 +94,14 @@ def read_snr_results(
 ) -> pd.DataFrame: # name, snr, kind, estimator, of; goes into `make_plan(scans=…, estimator=…, of='weights')`
     "Read Spectrum's `snr_results_….json`. Raises `ValueError` where it is none"
     try:
-        rows = json.loads(Path(path).read_text(encoding='utf-8'))
+        rows = parse_json(read_text(path), path)
         flat = [(k, o['snr'], o['type']) for k,o in rows.items() if 'snr' in o]
         # Spectrum writes a second file, …_sorted.json, kind by kind
         for kind in rows if not flat else []: flat += [(k, s, kind) for k,s in rows[kind].items()]
         if not flat: raise ValueError('it holds no layer')
         return pd.DataFrame([dict(name=k+'.weight', snr=float(s), kind=kind, estimator=estimator, of='weights')
             for k,s,kind in flat])
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
         raise ValueError(f"{path} is no snr_results file ({e!r}): it needs a JSON object "
             "{layer: {snr: number, type: kind}}, or kind by kind {kind: {layer: number}}") from e
 
@@ -126,19 +127,44 @@ def write_unfrozen(
     return _write(path, '\n'.join(lines)+'\n', overwrite)
 
 # %% ../nbs/45_interop.ipynb #0000000d
+# A line per matrix of the largest models makes 2 MB; a reader of YAML takes seconds for more
+_longest = 1<<22
+
+class _Plain(yaml.SafeLoader):
+    "YAML without names for what stands elsewhere: a few lines of them may stand for more than fits in memory"
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent): raise yaml.YAMLError('it repeats itself with *, which is not needed here')
+        return super().compose_node(parent, index)
+
+def _patterns(path):
+    "Patterns of a list `unfrozen_parameters`. Raises `ValueError`"
+    text = read_text(path, most=_longest)
+    try: found = yaml.load(text, _Plain)['unfrozen_parameters'] or []
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as e:
+        raise ValueError(f"{path} is no YAML with a list unfrozen_parameters ({str(e)[:200]!r})") from e
+    if not isinstance(found, list) or not all(isinstance(o, str) for o in found):
+        raise ValueError(f"{path} holds no patterns ({str(found)[:60]!r}): unfrozen_parameters is a list of texts")
+    return list(dict.fromkeys(found))
+
+def _ends(text):
+    "Places where matches of a pattern from the beginning of a name end"
+    # without repetitions and choices, `re` has one way only
+    if len(text)<1000 and not re.search(r'[*+?{|(]', text): return lambda name, fits=re.compile(text).match: {m.end()} if (m := fits(name)) else set()
+    return pattern(text)
+
 def read_unfrozen(
     path, # YAML file
     names, # Names of a model's tensors
 ) -> list: # Those to train, in the order of `names`
     "Tensors that an `unfrozen_parameters` YAML selects, by prefix or pattern. Raises `ValueError`"
-    try: patterns = yaml.safe_load(
-        Path(path).read_text(encoding='utf-8'))['unfrozen_parameters'] or []
-    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is no YAML with a list unfrozen_parameters ({e!r})") from e
-    try: found = [re.compile(o) for o in patterns]
-    except (re.error, TypeError) as e: raise ValueError(f"{path} holds no patterns ({e})") from e
-    def fits(name, o): return (m := o.match(name)) and (m.end()==len(name) or name[m.end()]=='.')
+    patterns = _patterns(path)
+    try: found = [_ends(o) for o in patterns]
+    except (ValueError, re.error) as e: raise ValueError(f"{path} holds no patterns ({e})") from e
     names = list(names)
-    if lost := [o.pattern for o in found if o.pattern not in _every_model and not any(fits(k, o) for k in names)]:
-        raise ValueError(f"{path} selects layers that the model lacks:{listed(lost)}")
-    return [k for k in names if any(fits(k, o) for o in found)]
+    chosen,lost = set(),[]
+    for text,ends in zip(patterns, found):
+        fits = [k for k in names if any(i==len(k) or k[i]=='.' for i in ends(k))]
+        if not fits and text not in _every_model: lost.append(text)
+        chosen.update(fits)
+    if lost: raise ValueError(f"{path} selects layers that the model lacks:{listed(lost)}")
+    return [k for k in names if k in chosen]

@@ -9,8 +9,9 @@ __all__ = ['write_results', 'read_file', 'read_csv', 'read_scan', 'read_scans', 
 
 # %% ../nbs/48_layout.ipynb #00000003
 import json, math, pandas as pd, re
+from io import StringIO
 from pathlib import Path
-from .files import atomic_folder
+from .files import atomic_folder, inside, own_file, parse_json, read_text
 
 # %% ../nbs/48_layout.ipynb #00000005
 def _records(rows):
@@ -52,8 +53,10 @@ def read_file(
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: pass a folder that this version of "
             "`spectrum-run EXPERIMENT --out FOLDER` wrote")
-    try: return read(path)
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    try:
+        own_file(path, path.parent)
+        return read(path)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise ValueError(f"{path} cannot be read: {e}") from e
 
 # From pandas 3.1 on numbers are read exactly anyway, and asking for it is deprecated.
@@ -63,7 +66,7 @@ def read_csv(
     path, # CSV file
 ) -> pd.DataFrame:
     "A table with its numbers to the last bit. Raises `ValueError`"
-    return pd.read_csv(path, **_exact)
+    return pd.read_csv(StringIO(read_text(path)), **_exact)
 
 def read_scan(
     path, # CSV file of a `scan`
@@ -72,6 +75,10 @@ def read_scan(
     df = read_csv(path)
     if lost := [k for k in ('name','unit','role','shape','snr') if k not in df]:
         raise ValueError(f"a scan has the columns {lost} too")
+    if not all(isinstance(o, str) and o.isprintable() for k in ('name','unit','role') for o in df[k]):
+        raise ValueError("a scan has names without text, or with characters that cannot be shown")
+    if not pd.api.types.is_numeric_dtype(df.snr): raise ValueError("its SNRs are no numbers")
+    if not all(re.fullmatch(r'[\[(]?\d{1,15}(, ?\d{1,15}){0,63},?[)\]]?', str(o)) for o in df['shape']): raise ValueError("its shapes are no numbers")
     return df.assign(shape=[tuple(map(int, re.findall(r'\d+', str(o)))) for o in df['shape']])
 
 # %% ../nbs/48_layout.ipynb #00000007
@@ -81,17 +88,17 @@ def read_scans(
 ) -> dict: # `{what they are of: {task: scan(...)}}`
     "The scans of a folder of results. Raises `FileNotFoundError`, `ValueError`"
     index = Path(folder)/'scans'/'index.json'
-    files = read_file(index, lambda p: json.loads(p.read_text(encoding='utf-8')))
+    files = read_file(index, lambda p: parse_json(read_text(p), 'it'))
     def fits(o): return (isinstance(o, dict) and (tasks is None or set(o)==set(tasks))
-        and all(str(f)==Path(str(f)).name for f in o.values()))
+        and all(isinstance(f, str) and '/' not in f for f in o.values()))
     if not (isinstance(files, dict) and files and all(map(fits, files.values()))):
         raise ValueError(f"{index} does not name one file per task{' ('+', '.join(tasks)+')' if tasks else ''} "
             "for weights or update")
-    return {of: {t: read_file(index.parent/f, read_scan) for t,f in o.items()} for of,o in files.items()}
+    return {of: {t: read_file(inside(f, index.parent, index), read_scan) for t,f in o.items()} for of,o in files.items()}
 
 def _rows_and_about(path):
     "Rows, and what else the file says"
-    about = json.loads(path.read_text(encoding='utf-8'))
+    about = parse_json(read_text(path), 'it')
     rows,columns = about.pop('rows'),about.pop('columns')
     return pd.DataFrame(rows, columns=columns),about
 

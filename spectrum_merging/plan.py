@@ -9,13 +9,13 @@ __all__ = ['update_plan', 'mixture', 'Plan', 'unit_snrs', 'model_scans', 'Decisi
            'check_options', 'make_plan']
 
 # %% ../nbs/40_plan.ipynb #00000003
-import csv, hashlib, json, numpy as np, pandas as pd
+import csv, hashlib, html, json, numpy as np, pandas as pd
 from dataclasses import dataclass
 from fastcore.basics import patch
 from io import StringIO
 from pathlib import Path
 from . import __version__, operations # whose rules add themselves
-from .files import atomic, free_file
+from .files import atomic, free_file, parse_json, read_text
 from .heads import task_heads
 from .preflight import guesses, name_models, preflight, row_columns
 from .rules import Recipe, recipe, rules
@@ -77,7 +77,7 @@ class Plan:
             for r in self.table.to_dict('records'))
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
-    def _repr_html_(self): return f'<p>{self._title()}</p>' + self.table._repr_html_()
+    def _repr_html_(self): return f'<p>{html.escape(self._title())}</p>' + self.table._repr_html_()
     def __repr__(self): return f'Plan({self._title()})'
     def _title(self):
         return (f"{self.meta.get('strategy', 'edited')} of {', '.join(self.models)}: "
@@ -412,10 +412,13 @@ def save(
 ) -> Path:
     "Write the plan. Raises `FileExistsError` where the file exists"
     path = free_file(path, overwrite)
-    text = f'# {json.dumps(self.meta)}\n' + self.table.to_csv(index=False)
-    with atomic(path) as tmp: tmp.write_text(text, encoding='utf-8')
+    # a lone return ends a line for whoever reads a table, unless it stands in quotes
+    odd = any('\r' in str(o) for k in self.table for o in (k, *(self.table[k] if self.table[k].dtype.kind not in 'fiub' else ())))
+    text = f'# {json.dumps(self.meta)}\n' + self.table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC if odd else csv.QUOTE_MINIMAL)
+    with atomic(path) as tmp: tmp.write_bytes(text.encode())
     return path
 
+# %% ../nbs/40_plan.ipynb #0000h160
 def _number(s):
     "A float, or NaN for what is none; `Plan` then names the row"
     try: return float(s)
@@ -423,27 +426,48 @@ def _number(s):
 
 _flags = {'true': True, 'false': False}
 
+def _meta(head):
+    "What the first line of a plan says. Raises `ValueError`"
+    try: meta = parse_json(head.removeprefix('#'), 'it')
+    except ValueError as e: raise ValueError(f"its first line is no JSON ({e})") from e
+    models = meta.get('models') if isinstance(meta, dict) else None
+    if not (head.startswith('#') and isinstance(models, list) and all(isinstance(o, str) for o in models)):
+        raise ValueError("its first line does not name the models")
+    if len(set(models))<len(models): raise ValueError(f"its first line names a model twice: {', '.join(models)}")
+    notes = meta.get('notes', [])
+    if not isinstance(notes, list) or not all(isinstance(o, str) for o in notes):
+        raise ValueError(f"its notes are {str(notes)[:60]!r}, no list of sentences")
+    for k in ('strategy','protocol','estimator','of','threshold','top','version'):
+        if isinstance(meta.get(k), (dict, list)): raise ValueError(f"its {k} is {str(meta[k])[:60]}, no word or number")
+    return meta
+
+def _cells(text):
+    "A CSV text as a table of texts. Raises `ValueError` for lines that do not fit the first"
+    try: first,*lines = [o for o in csv.reader(StringIO(text, newline='')) if o]
+    except csv.Error as e: raise ValueError(f"it is no table ({e})") from e
+    except ValueError as e: raise ValueError("it has no columns") from e
+    while first and not first[-1] and not any(o[len(first)-1:len(first)]>[''] for o in lines): first.pop() # a spreadsheet's empty columns
+    if len(set(first))<len(first): raise ValueError(f"it has a column twice: {', '.join(first)}")
+    n = len(first)
+    for i,o in enumerate(lines):
+        if any(o[n:]): raise ValueError(f"row {i+1} ({o[0][:60]!r}) has {len(o)} cells, the table {n} columns")
+    return pd.DataFrame([[*o, *['']*(n-len(o))][:n] for o in lines], columns=first, dtype=str)
+
 # %% ../nbs/40_plan.ipynb #00000029
 @patch(cls_method=True)
 def load(
     cls:Plan,
     path, # File written by `Plan.save`
 ) -> Plan:
-    "Read a plan. Raises `ValueError` where the file is no plan"
+    "Read a plan. Raises `FileNotFoundError`, and `ValueError` where the file is no plan"
     try:
-        head,_,rest = Path(path).read_text(encoding='utf-8-sig').partition('\n')
+        head,_,rest = read_text(path).partition('\n')
         if head.startswith('"#'): head = ','.join(next(csv.reader([head]))).rstrip(',')
-        try: meta = json.loads(head.removeprefix('#'))
-        except json.JSONDecodeError as e:
-            raise ValueError(f"its first line is no JSON ({e})") from e
-        models = meta.get('models') if isinstance(meta, dict) else None
-        if not (head.startswith('#') and isinstance(models, list)
-            and all(isinstance(o, str) for o in models)):
-            raise ValueError("its first line does not name the models")
-        table = pd.read_csv(StringIO(rest), dtype=str, keep_default_na=False)
-        for k in [o for o in table if o=='base' or o in models or o.startswith('snr_')]:
+        meta = _meta(head)
+        table = _cells(rest)
+        for k in [o for o in table if o=='base' or o in meta['models'] or o.startswith('snr_')]:
             table[k] = table[k].map(_number)
         if 'passes' in table: # spreadsheets write TRUE
             table['passes'] = pd.array([_flags.get(o.lower()) for o in table.passes], dtype='boolean')
         return cls(table, meta)
-    except ValueError as e: raise ValueError(f"{path} is no plan: {e}") from e
+    except (ValueError, csv.Error) as e: raise ValueError(f"{path} is no plan: {e}") from e

@@ -8,10 +8,11 @@ Docs: nbs/11_quantised.ipynb"""
 __all__ = ['dequantised']
 
 # %% ../nbs/11_quantised.ipynb #00000003
-import json, numpy as np, re
+import numpy as np, re
 from dataclasses import replace
 from math import prod
-from .arithmetic import number_types, storage, widen
+from .arithmetic import float8_values, number_types, storage, widen
+from .files import parse_json
 
 # %% ../nbs/11_quantised.ipynb #00000007
 _methods = ( # What names end in, and a neighbour that must be there, in this order
@@ -65,16 +66,6 @@ def _rounded(x, dtype):
     if nan.any(): res[nan] = 0x7fc0
     return res
 
-def _float8(dtype):
-    "fp32 of all 256 codes of a float8 type"
-    c = np.arange(256)
-    bits,bias = (3, 7) if dtype=='float8_e4m3fn' else (2, 15)
-    e,m = (c & 127)>>bits,c & ((1<<bits)-1)
-    x = np.where(e>0, (1+m/2**bits)*2.**(e-bias), m/2**bits*2.**(1-bias))
-    if dtype=='float8_e4m3fn': x[(c & 127)==127] = np.nan
-    else: x[e==31] = np.where(m[e==31]>0, np.nan, np.inf)
-    return np.where(c>127, -x, x).astype('f4')
-
 class _Computed:
     "A tensor that is computed from codes when it is read; `parts` are the entries that it rests on"
     def __init__(self, codes, parts, shape, dtype):
@@ -127,7 +118,7 @@ class _Scaled(_Computed):
         m,n = self.block
         first,last = a//cols,-(-b//cols)
         q = _stored(self.codes, first*cols, last*cols).reshape(-1, cols)
-        x = _float8(self.codes.info.dtype)[q] if 'float8' in self.codes.info.dtype else q.astype('f4')
+        x = float8_values(self.codes.info.dtype)[q] if 'float8' in self.codes.info.dtype else q.astype('f4')
         of = np.arange(first, last)
         of = of//rows*-(-rows//m)+of % rows//m # Experts lie one after the other
         grid = self._scales(of[0], of[-1]+1, -(-cols//n))
@@ -175,17 +166,18 @@ def _four_bit(name, entries):
     parts = {k.removeprefix(start): o for k,o in entries.items() if k.startswith(start)}
     key = next((k for k in parts if k.startswith('quant_state.bitsandbytes__')), None)
     try:
-        state = json.loads(_stored(parts.pop(key)).tobytes())
+        state = parse_json(_stored(parts.pop(key)).tobytes().decode(), name)
         shape,numel = tuple(state['shape']),prod(state['shape'])
         nested = 'nested_absmax' in parts
         blocks = -(-numel//state['blocksize'])
-        ok = (all(type(o) is int and o>0 for o in shape) and entries[name].info.dtype=='uint8'
+        sizes = [state['blocksize'], *([state['nested_blocksize']] if nested else [])]
+        ok = (all(type(o) is int and o>0 for o in sizes) and all(type(o) is int and o>0 for o in shape) and entries[name].info.dtype=='uint8'
             and entries[name].info.numel==-(-numel//2) and parts['quant_map'].info.numel==16
             and number_types[state['dtype']].eps and parts['absmax'].info.numel==blocks
-            and parts['absmax'].info.is_float!=nested and (not nested or _number(state['nested_offset'])
+            and parts['absmax'].info.is_float!=nested and (not nested or _number(state['nested_offset']) and abs(state['nested_offset'])<1e30
             and parts['nested_quant_map'].info.numel==256 and parts['absmax'].info.dtype=='uint8'
             and parts['nested_absmax'].info.numel==-(-blocks//state['nested_blocksize'])))
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError): ok = False
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, OverflowError): ok = False
     if not ok: raise _refuse(f'bitsandbytes, 4 bit, and {name} lacks a readable quant_state', entries)
     return _FourBit(entries[name], parts, state)
 

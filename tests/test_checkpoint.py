@@ -93,7 +93,7 @@ def test_tied():
 
 def test_opening_reads_no_values(monkeypatch, tmp_path):
     "The header is enough: values are read piece by piece, when asked for"
-    import spectrum_merging.checkpoint as mod
+    import spectrum_merging.stored as mod
     shard(tensors(), tmp_path)
     read,real = [],mod.InputFile.read_into
     def spy(self, buf, offset):

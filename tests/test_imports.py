@@ -2,7 +2,7 @@
 import os, subprocess, sys
 from pathlib import Path
 
-core = ('arithmetic','files','formats','quantised','names','parallel','rules','spectrum','lowrank','adapter','checkpoint','units','scan','strategies','operations',
+core = ('arithmetic','files','patterns','formats','stored','pickles','quantised','names','parallel','rules','spectrum','lowrank','adapter','checkpoint','units','scan','strategies','operations',
     'preflight','plan','interop','layout','stream','journal','folder','merge','verify')
 heavy = 'torch','transformers','datasets','torchvision','matplotlib' # torch alone: 2 s and 500 MB
 

@@ -13,9 +13,9 @@ core = [k for k in files if not k.startswith('lab.') and k not in ('bench','cli'
 
 # A room imports only from floors below its own.
 floors = [
-    ['rules','arithmetic','files','formats','parallel','matrices','evaluate','plot'],
-    ['units','align','quantised'],
-    ['spectrum','lowrank','strategies','activations','layout'],
+    ['rules','arithmetic','files','patterns','parallel','matrices','evaluate','plot'],
+    ['units','align','quantised','formats','stored'],
+    ['spectrum','lowrank','strategies','activations','layout','pickles'],
     ['edges','adapter'],
     ['checkpoint'],
     ['names','heads','beside'],

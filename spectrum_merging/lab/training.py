@@ -60,7 +60,7 @@ _start = 'from spectrum_merging.lab.training import serve_job; serve_job()'
 def _in_child(name, f, args, running, done):
     "Run `f(*args)` in a child, call `done` with steps as it takes them; raise its error"
     with TemporaryFile() as errors:
-        p = subprocess.Popen([sys.executable, '-c', _start], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        p = subprocess.Popen([sys.executable, '-P', '-c', _start], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=errors, env=os.environ | dict(OMP_NUM_THREADS='1'))
         running.append(p)
         with suppress(BrokenPipeError), p.stdin: p.stdin.write(pickle.dumps((f, args)))
