@@ -162,7 +162,7 @@ def extract_cli(
     rank:int=None, # As many directions of each matrix; by default those above the end of its noise
     energy:float=None, # Share of each matrix' squared norm to keep, 0.9
     threshold:float=None, # Singular value that a direction must exceed, the same in all matrices
-    no_shrink:bool=False, # Keep singular values as they are where the noise decides the rank
+    shrink:bool=False, # Shrink singular values to what they are without noise
     estimator:str=None, # Whose end of the noise: flip (the default), mp, …
     dtype:str=None, # float32, float16 or bfloat16 for the factors; by default the base's type
     workers:int=None, # Matrices at a time
@@ -170,7 +170,7 @@ def extract_cli(
     "Write the update of a fine-tuned or merged model as a PEFT LoRA, each matrix with a rank of its own"
     from spectrum_merging.edges import default_estimator
     from spectrum_merging.extract import extract, summary
-    df = extract(model, base, out, rank=rank, energy=energy, threshold=threshold, shrink=False if no_shrink else None,
+    df = extract(model, base, out, rank=rank, energy=energy, threshold=threshold, shrink=shrink,
         estimator=estimator or default_estimator, dtype=dtype, n_workers=workers, progress=sys.stderr.isatty())
     print(f'{summary(df)}\nwritten to {out}; PeftModel.from_pretrained(base model, {out!r}) loads it')
 

@@ -49,7 +49,7 @@ def directions(
     rank:int=None, # See `check_rank`
     energy:float=None,
     threshold:float=None,
-    shrink:bool=None, # Shrink singular values; by default where the noise decides the rank
+    shrink:bool=False, # Shrink singular values to what they are without noise
     estimator:str=default_estimator, # Whose end of the noise
 ) -> tuple: # (out, k), (k,), (k, in), share of the energy of `D` that k unshrunk ones hold
     "Leading singular triples of an update. Raises `ValueError` (estimator without an edge)"
@@ -66,7 +66,7 @@ def directions(
     else: k = int(np.searchsorted(np.cumsum(s**2)/(s@s), energy-1e-12))+1
     u,new,v = gram_svd(D, k) if k else (D[:, :0], np.zeros(0), D[:0])
     k,share = len(new),float((new@new)/(s@s))
-    if found is not None and found.sigma and (edged if shrink is None else shrink):
+    if shrink and found is not None and found.sigma:
         # The noise of an edge that was drawn has no one level: one that ends there stands for it.
         level = (found.sigma if not found.edge_error else sqrt(found.edge/noise_edge(m, n)))*found.unit
         if level: new = shrinker(new/(level*sqrt(n)), m/n)*level*sqrt(n)
@@ -289,7 +289,7 @@ def extract(
     rank:int=None, # As many directions of each matrix
     energy:float=None, # Share of each matrix' squared norm to keep
     threshold:float=None, # Singular value that a direction must exceed, in all matrices
-    shrink:bool=None, # Shrink singular values; by default where the noise decides the rank
+    shrink:bool=False, # Shrink singular values to what they are without noise
     estimator:str=default_estimator, # Whose end of the noise
     dtype:str=None, # Type of the factors; by default the base's
     n_workers:int=None, # Matrices at a time; by default one per core
@@ -337,7 +337,7 @@ def merge_adapter(
     rank:int=None, # See `extract`
     energy:float=None,
     threshold:float=None,
-    shrink:bool=None,
+    shrink:bool=False,
     estimator:str=default_estimator,
     n_workers:int=None, # Threads
     progress:bool=False, # Show a progress bar
