@@ -117,6 +117,7 @@ def read_text(
 ) -> str: # Line ends as they are; without a byte-order mark
     "A text that somebody wrote. Raises `FileNotFoundError`, `ValueError` (no regular file, too long, no text)"
     with os.fdopen(open_regular(path), 'rb') as f: raw = f.read(most+1)
+    if raw is None: raise ValueError(f"{path} has nothing to read now: pass a regular file")
     if len(raw)>most: raise ValueError(f"{path} has more than {most:,} bytes, too many for what it should be: is it another file?")
     try: return raw.decode('utf-8-sig')
     except UnicodeDecodeError as e: raise ValueError(f"{path} is no text in UTF-8 ({e.reason} at byte {e.start}): download it again") from e
