@@ -49,6 +49,8 @@ def inside(
     own = Path(folder).resolve()
     text = name if isinstance(name, str) else ''
     named = bool(text) and not re.search(r'[\\\x00-\x1f\x7f\ud800-\udfff]|^/|^[A-Za-z]:|(^|/)$', text)
+    # no file system takes longer ones
+    named = named and all(len(o.encode())<256 for o in text.split('/')) and len(text)<4096
     at = Path(os.path.normpath(own/text)) if named else None
     # of names that lead upwards only those of a head to its merge are left
     if at is None or at==own or not any(at.is_relative_to(o) for o in _homes(own)):
