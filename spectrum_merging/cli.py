@@ -92,7 +92,7 @@ def _named(models):
 
 def _bytes(text):
     "Number of bytes of '5GB', '200 MB' or '1000'. Raises `ValueError`"
-    m = re.fullmatch(r'\s*(\d+(?:\.\d*)?)\s*([KMGT]?)B?\s*', text, re.I)
+    m = re.fullmatch(r'\s*(\d{1,18}(?:\.\d*)?)\s*([KMGT]?)B?\s*', text, re.I)
     n = int(float(m[1])*1000**' KMGT'.index(m[2].upper() or ' ')) if m else 0
     if n<1: raise ValueError(f"shard size is {text!r}: pass a size like 5GB or 200MB")
     return n
@@ -135,9 +135,9 @@ def merge_cli(
     "Merge models by the signal-to-noise ratio of their layers; if interrupted, rerun to continue"
     shard_size = _bytes(shard_size)
     from spectrum_merging.merge import check_out, loading, merge
-    check_out(out)
     from spectrum_merging.plan import Plan, make_plan
     models = _named(models)
+    check_out(out, [*(models.values() if isinstance(models, dict) else models), base])
     if plan: table = Plan.load(plan)
     else:
         heads = None if heads is None else [] if heads=='none' else heads.split(',')

@@ -18,7 +18,7 @@ from .adapter import loaded_names, meta_model, stored_turned
 from .arithmetic import Scratch, number_types, storage, weighted_sum, widen
 from .checkpoint import Checkpoint
 from .edges import default_estimator, shrinker
-from .files import atomic_folder, free_folder
+from .files import atomic_folder
 from .formats import read_config
 from fastcore.basics import patch
 from .merge import check_out, load_task, merge
@@ -296,7 +296,7 @@ def extract(
 ) -> pd.DataFrame: # A row per tensor that changed: name, becomes, rank, share, change, bytes
     "Write a PEFT LoRA of an update. Raises `ValueError` (nothing changed, does not fit), `FileExistsError`"
     check_rank(rank, energy, threshold)
-    free_folder(out)
+    check_out(out, (model, base))
     if dtype not in (None, 'float32', 'float16', 'bfloat16'): raise ValueError(f"dtype is {dtype!r}: choose 'float32', 'float16' or 'bfloat16'")
     base = Checkpoint(base)
     model = Checkpoint(model, base)
@@ -343,7 +343,7 @@ def merge_adapter(
 ) -> dict: # `{task: rows of extract}`; one with the key None where all tasks share everything
     "Merge, and write the merged update as a PEFT LoRA. Raises what `merge` and `extract` raise"
     if base is None: raise ValueError("an adapter is the update of a base: pass base= (--base)")
-    check_out(out)
+    check_out(out, [*(models.values() if isinstance(models, dict) else models), base])
     check_rank(rank, energy, threshold)
     out,base = Path(out).expanduser().absolute(),Checkpoint(base)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -155,7 +155,7 @@ def free_file(
 ) -> Path:
     "A place for a file. Raises `FileExistsError`"
     path = user_path(path)
-    if path.exists() and not overwrite: raise FileExistsError(f"{path} exists: {remedy}")
+    if os.path.lexists(path) and not overwrite: raise FileExistsError(f"{path} exists: {remedy}")
     return path
 
 def is_free(
@@ -171,6 +171,7 @@ def free_folder(
 ) -> Path:
     "A place for a folder; an empty one may be there. Raises `FileExistsError`"
     path = user_path(path)
+    if path.is_symlink(): raise FileExistsError(f"{path} is a link to {os.readlink(path)}: name the folder itself")
     if not is_free(path): raise FileExistsError(f"{path} exists and is not empty: {remedy}")
     return path
 
@@ -181,7 +182,9 @@ def atomic(
 ):
     "A temporary sibling to write to; it takes the place of `path` if nothing goes wrong"
     path = Path(path)
-    tmp = path.with_name(f'.{os.getpid()}.{path.name}')
+    # nobody can guess the name and put a link there; what is there already is not opened
+    tmp = path.with_name(f'.{os.urandom(4).hex()}.{path.name}')
+    os.close(os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield tmp
         os.replace(tmp, path)
@@ -227,9 +230,7 @@ def cache_dir() -> Path: # SPECTRUM_CACHE, or a folder in the user's cache
 def sha256(
     path, # File
 ) -> str: # 64 hexadecimal digits
-    "SHA-256 of a file; taken from the name where the hub's cache tells it"
-    name = Path(path).resolve().name
-    if Path(path).is_symlink() and re.fullmatch('[0-9a-f]{64}', name): return name
+    "SHA-256 of a file, of which every byte is read"
     with os.fdopen(open_regular(path), 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../nbs/07_files.ipynb #00000018
@@ -237,9 +238,16 @@ def sha256(
 LARGE = 1<<26 # Bytes from which on a hash is remembered
 
 def _stamp(path):
-    "Size, time of change and number of a file"
+    "Size, times and number of a file; the time of change cannot be set back by whoever changes it"
     o = os.stat(path)
-    return [o.st_size, o.st_mtime_ns, o.st_ino]
+    return [o.st_size, o.st_mtime_ns, o.st_ctime_ns, o.st_ino, o.st_dev]
+
+def _fits_name(path, found):
+    "Raise `ValueError` where the hub's cache names a file by another hash than it has"
+    blob = Path(path).resolve()
+    if Path(path).is_symlink() and re.fullmatch('[0-9a-f]{64}', blob.name) and blob.name!=found:
+        raise ValueError(f"{path} is damaged: its SHA-256 is {found}, the hub's cache has it as {blob.name}; "
+            f"delete {blob} and download it again")
 
 def _remember(store, fresh):
     "Add `{path: [*stamp, hash]}` to the file `store`, if it can be written"
@@ -259,15 +267,16 @@ def known_sha256(
     paths:list, # Files
     n_workers:int=None, # Files hashed side by side
 ) -> dict: # `{path: 64 hexadecimal digits}`
-    "SHA-256 of files; large ones that did not change since they were last hashed are not read"
+    "SHA-256 of files; large ones that did not change since they were hashed are not read. Raises `ValueError` (damaged)"
     stamps,store = {p: _stamp(p) for p in paths},cache_dir()/'sha256.json'
     known = _remembered(store)
-    res = {p: o[3] for p,s in stamps.items()
-        if s[0]>=LARGE and isinstance(o := known.get(str(p.absolute())), list) and o[:3]==s}
+    res = {p: o[-1] for p,s in stamps.items()
+        if s[0]>=LARGE and isinstance(o := known.get(str(p.absolute())), list) and o[:-1]==s}
     todo,now = [p for p in paths if p not in res],time.time_ns()
     with ThreadPoolExecutor(n_workers) as pool: found = dict(zip(todo, pool.map(sha256, todo)))
     _remember(store, {str(p.absolute()): [*stamps[p], h] for p,h in found.items()
-        if stamps[p][0]>=LARGE and now-stamps[p][1] > 2e9})
+        if stamps[p][0]>=LARGE and now-max(stamps[p][1:3]) > 2e9})
+    for p,h in (res | found).items(): _fits_name(p, h)
     return res | found
 
 # %% ../nbs/07_files.ipynb #0000001c

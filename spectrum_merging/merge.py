@@ -8,10 +8,12 @@ Docs: nbs/60_merge.ipynb"""
 __all__ = ['check_out', 'merge', 'loading', 'load_model', 'task_state', 'load_task']
 
 # %% ../nbs/60_merge.ipynb #00000002
+import os
 from pathlib import Path
 from .checkpoint import Checkpoint, file_metadata
-from .files import free_folder, parse_json, read_json
+from .files import free_folder, parse_json, read_json, user_path
 from .folder import tied, ways_to_load, write_folder
+from .journal import landed, partial_place
 from .plan import Plan
 from .preflight import beside_notes, name_models, out_problems
 from .stream import pieces, plan_rows, run_pieces
@@ -28,12 +30,33 @@ def _in_memory(rows, sources, n_workers):
     return {r.name: res[r.name].view(getattr(torch, r.info.dtype)).reshape(r.info.shape)
         for r in rows}
 
+def _lies_in(source):
+    "Folders and files of an input, as far as it is known where they are"
+    if isinstance(source, (str, Path)):
+        p = user_path(source)
+        return [p] if p.exists() else []
+    if not isinstance(source, Checkpoint): return []
+    own = [] if Path(source.label).is_file() else [o for o in (source.folder, source.source) if o]
+    return own+source.files+(_lies_in(source.base) if source.base else [])
+
 def check_out(
     out, # Folder to write
+    inputs=(), # Models that are read: paths, or `Checkpoint`s
 ):
-    "Raise `FileExistsError` or `OSError` where `out` cannot be written"
+    "Raise `OSError` (`FileExistsError`) where `out` cannot be written, `ValueError` where it lies in an input"
+    out = user_path(out).absolute()
+    # the name that it grows under is longer
+    if out.name in ('', '..') or len(os.fsencode(out.name))>240:
+        raise ValueError(f"{out} cannot be the name of a new folder: give it a name of its own, of at most 240 letters")
+    if landed(out): raise FileExistsError(f"{out} is complete, the merge was ended after its last step: use it")
     free_folder(out)
     if bad := out_problems(out, 0): raise NotADirectoryError(f"{bad[0][1]}: {bad[0][2]}")
+    place = out.parent.resolve()/out.name
+    for o in (o.resolve() for source in inputs for o in _lies_in(source)):
+        if o.is_dir() and place.is_relative_to(o):
+            raise ValueError(f"{out} lies in {o}, which is read: inputs stay as they are, choose a folder outside")
+        if o.is_relative_to(partial_place(place)):
+            raise ValueError(f"{o} lies where an unfinished merge of {out} is kept: move it, or choose another folder")
 
 # %% ../nbs/60_merge.ipynb #00000006
 def merge(
@@ -53,6 +76,7 @@ def merge(
     "Run a plan. Raises `ValueError` (`PreflightError`: does not fit), `FileExistsError`, `OSError`"
     if out is not None: check_out(out)
     models,base = name_models(models, base)
+    if out is not None: check_out(out, [*models.values(), base])
     notes = list(dict.fromkeys([*plan.meta.get('notes', []), *beside_notes(models, base, files_from)]))
     grams = {m: Checkpoint(o) for m,o in (grams or {}).items()}
     rows = plan_rows(plan, models, base, dtype, grams)
@@ -63,7 +87,7 @@ def merge(
         res = _in_memory(rows, sources, n_workers)
         return res | {k: res[v].clone() for k,v in ties.items() if k not in res}
     rows = [r for r in rows if r.name not in ties]
-    return write_folder(plan, rows, sources, Path(out).expanduser().absolute(), shard_size=shard_size,
+    return write_folder(plan, rows, sources, user_path(out).absolute(), shard_size=shard_size,
         files_from=files_from, results=results, notes=notes, n_workers=n_workers, progress=progress, dtype=dtype)
 
 # %% ../nbs/60_merge.ipynb #0000000a

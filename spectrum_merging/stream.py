@@ -61,11 +61,26 @@ def _row(plan, row, models, sources, dtype, laid):
     layout = laid[next(m for m in coefs if m!='base')][k] if row['op']!='linear' else None
     return Row(row['name'], k, info, coefs, same, row['op'], tuple(grams), part, layout)
 
+# %% ../nbs/55_stream.ipynb #0000f141
+def _name_misfit(name, models):
+    "`(tensor, problem, remedy)` for a row that cannot be written under its name, or None"
+    _,at,task = name.partition('@')
+    if at and task not in models:
+        return name,f"is the head of {task!r}, the models are {', '.join(models)}","name heads 'tensor@model' in the plan"
+    # heads are files of these names; tasks are called by words
+    if at and (task in ('.', '..') or task.endswith('.safetensors') or not task.isprintable() or set('/\\') & set(task)
+            or len(task.encode('utf-8', 'replace'))>200):
+        return name,'is the head of a model whose name is no file name','give that model another name'
+    if tensor_name(name)=='__metadata__': return name,'has the name of what is no tensor in a file','rename it'
+
 def _misfits(plan, models, sources, laid):
     "`(tensor, problem, remedy)` for all that keeps the plan from running on these models"
     remake = "make the plan for these models, or give the models that it was made for"
     tied = {k: v for o in models.values() for k,v in o.aliases.items()}
     for row in plan.table.to_dict('records'):
+        if bad := _name_misfit(row['name'], models):
+            yield bad
+            continue
         k = tensor_name(row['name'])
         used = [m for m,c in plan.coefs(row).items() if c]
         lost = [m for m in used if k not in sources[m]]
@@ -170,7 +185,9 @@ def outputs(
     rows:list, # Of `Row`
     shard_size:int, # Largest number of bytes of a file of the body
 ) -> list: # Of `Output`
-    "Files of the result: the body, in shards where it is large, and `heads/<task>.safetensors`"
+    "Files of the result: the body, in shards where it is large, and `heads/<task>.safetensors`. Raises `ValueError`"
+    if isinstance(shard_size, bool) or not isinstance(shard_size, (int, float)) or not 1<=shard_size<float('inf'):
+        raise ValueError(f"shard_size is {shard_size!r}: pass a number of bytes, 1 or more")
     body,heads,parts,shards,room = [r for r in rows if not (r.head or r.part)],{},{},[[]],shard_size
     for r in body:
         if r.info.nbytes>room and shards[-1]:
@@ -321,16 +338,26 @@ def _threads(todo, sources, write, n, done):
             pool.shutdown(cancel_futures=True)
             raise
 
+def _pickled(e):
+    "An error for another process, as one of the built-in kinds where it cannot be read there"
+    try:
+        pickle.loads(text := pickle.dumps(e))
+        return text
+    except Exception: return pickle.dumps((ValueError if isinstance(e, ValueError) else RuntimeError)(str(e)))
+
+def _send(pipe, data):
+    while data: data = data[os.write(pipe, data):]
+
 def _child(mine, sources, write, pipe):
     "Run numbered pieces in a forked process: `(number, checksum)` for each, or -1 and an error"
     try:
         local = _Local(min(BLOCK, FORK_BLOCK))
-        for i,t in mine: os.write(pipe, struct.pack('<qQ', i, _run_piece(t, sources, write, local)))
+        for i,t in mine: _send(pipe, struct.pack('<qQ', i, _run_piece(t, sources, write, local)))
         code = 0
     except BrokenPipeError: code = 1
     except BaseException as e:
-        text = pickle.dumps(e)
-        for o in (struct.pack('<qQ', -1, len(text)), text): os.write(pipe, o)
+        text = _pickled(e)
+        _send(pipe, struct.pack('<qQ', -1, len(text))+text)
         code = 1
     finally: os._exit(locals().get('code', 1))
 
@@ -354,8 +381,11 @@ def _processes(todo, sources, write, n, done, forked):
     pipes,pids,left = {},[],len(todo)
     try:
         for w in range(min(n, len(todo))):
-            r,out = os.pipe()
-            if not (pid := os.fork()):
+            try: (r,out),pid = os.pipe(),os.fork()
+            except OSError as e:
+                raise OSError(e.errno, f"{e.strerror}: {min(n, len(todo))} worker processes cannot be started; "
+                    "ask for fewer (--workers 1)") from e
+            if not pid:
                 for fd in [*pipes, r]: os.close(fd)
                 if forked: forked()
                 _child(list(enumerate(todo))[w::n], sources, write, out)
@@ -369,7 +399,8 @@ def _processes(todo, sources, write, n, done, forked):
                     del pipes[fd]
                     os.close(fd)
         if left:
-            raise RuntimeError("a worker process was killed: is there enough memory? Merge again")
+            raise ChildProcessError("a worker process was killed, as the system does where memory is short: "
+                "repeat the same command, with fewer workers (--workers 1) where it happens again")
     finally:
         for pid in pipes.values(): os.kill(pid, signal.SIGTERM)
         for fd in pipes: os.close(fd)

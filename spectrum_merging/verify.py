@@ -8,19 +8,38 @@ Docs: nbs/62_verify.ipynb"""
 __all__ = ['verify']
 
 # %% ../nbs/62_verify.ipynb #00000003
-import numpy as np, pandas as pd
+import numpy as np, os, pandas as pd, posixpath, stat
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from hashlib import sha256 as hashed
 from pathlib import Path
 from random import Random
+from .beside import holds_weights
 from .checkpoint import Checkpoint, content_sha256
-from .files import read_json, sha256
-from .folder import metadata, sealed
+from .files import lies_inside, read_json, sha256
+from .folder import input_names, metadata, sealed, tied
 from .names import align
 from .plan import Plan, mixture
 from .stream import outputs, pieces, plan_rows, run_pieces, word_sum
 
 # %% ../nbs/62_verify.ipynb #00000005
+def _texts(o): return isinstance(o, dict) and all(isinstance(v, str) for v in o.values())
+def _is_input(o):
+    return (isinstance(o, dict) and _texts(o.get('sha256')) and isinstance(o.get('source', 0), (str, type(None)))
+        and isinstance(o.get('base'), (str, type(None))))
+def _is_output(o):
+    return (isinstance(o, dict) and _texts(o.get('checksums')) and isinstance(o.get('header_sha256'), str)
+        and type(o.get('nbytes')) is int)
+def _all_are(f): return lambda o: isinstance(o, dict) and all(map(f, o.values()))
+
+_fields = {**dict.fromkeys(['made_by','plan_digest','files_from'], lambda o: isinstance(o, str)),
+    **dict.fromkeys(['files','tied'], _texts), 'inputs': _all_are(_is_input), 'outputs': _all_are(_is_output),
+    'dtype': lambda o: o is None or isinstance(o, str), 'shard_size': lambda o: type(o) in (int, float)}
+
+def _odd_field(told):
+    "Name of an entry of a manifest that is absent or of another kind than `merge` writes, or None"
+    return next((k for k,fits in _fields.items() if k not in told or not fits(told[k])), None)
+
 def _manifest(out):
     "What `merge` wrote about itself. Raises `FileNotFoundError`, `ValueError`"
     if not (Path(out)/'merge.json').is_file():
@@ -29,6 +48,8 @@ def _manifest(out):
     res = read_json(Path(out)/'merge.json')
     if not isinstance(res, dict) or sealed(res)!=res.get('seal'):
         raise ValueError(f"{out}/merge.json was changed after the merge: its seal does not fit")
+    if odd := _odd_field(res):
+        raise ValueError(f"{out}/merge.json has an entry {odd!r} that spectrum-merge does not write: ask for the folder as it was made")
     return res
 
 def _open_source(name, told, given, base=None):
@@ -46,20 +67,67 @@ def _open_source(name, told, given, base=None):
 def _input_checks(sources, told):
     "`(file, check, ok)` of every input file"
     for m,o in sources.items():
-        found = {p.name: partial(sha256, p) for p in o.files} or {
+        found = {k: partial(sha256, p) for p,k in input_names(o).items()} or {
             'in memory': partial(content_sha256, o)}
         want = told[m]['sha256']
         for k in dict.fromkeys([*want, *found]):
             yield f'{m}: {k}','sha256',k in found and k in want and found[k]()==want[k]
 
-def _file_checks(out, files, meta, told):
+# %% ../nbs/62_verify.ipynb #0000f132
+def _contents(out):
+    "`{name: path}` of the folder's files, and names of hidden entries and of what is no file of it"
+    files,hidden,odd = {},[],[]
+    for at,dirs,names in os.walk(out):
+        short = {o: (Path(at)/o).relative_to(out).as_posix() for o in dirs+names}
+        hidden += [k for k in short.values() if k[0]=='.']
+        dirs[:] = [o for o in dirs if short[o][0]!='.']
+        odd += [short[o] for o in dirs if (Path(at)/o).is_symlink()]
+        for o in names:
+            path = Path(at)/o
+            if short[o][0]=='.': continue
+            if stat.S_ISREG(path.lstat().st_mode) or path.is_file() and lies_inside(path, out): files[short[o]] = path
+            else: odd.append(short[o])
+    return files,hidden,odd
+
+def _header_fits(path, head, o, told):
+    if path is None or path.stat().st_size!=len(head)+o.nbytes: return False
+    with path.open('rb') as f: same = f.read(len(head))==head
+    return same and told=={'nbytes': len(head)+o.nbytes, 'header_sha256': hashed(head).hexdigest(), 'checksums': (told or {}).get('checksums')}
+
+def _index_fits(name, path, files):
+    "Whether an index leads to tensors of the result and nowhere else"
+    stored = {o.path: {r.stored for r in o.rows} for o in files}
+    try: where = read_json(path)['weight_map']
+    except (ValueError, KeyError, TypeError): return False
+    def leads(f): return posixpath.normpath(posixpath.join(posixpath.dirname(name), f))
+    return _texts(where) and all(k in stored.get(leads(f), ()) for k,f in where.items())
+
+def _copied_from(name, models, files_from):
+    "The file that `merge` copies to `name`, or None"
+    at,_,rest = name.partition('/')
+    task,_,rest = rest.partition('/') if at=='heads' else (files_from, '', name)
+    folder = models[task].folder if task in models else None
+    return Path(folder)/rest if folder and rest and (Path(folder)/rest).is_file() else None
+
+# %% ../nbs/62_verify.ipynb #0000f133
+def _file_checks(out, files, meta, told, models):
     "`(file, check, ok)` of every file of the result, without its numbers"
+    have,hidden,odd = _contents(out)
+    made = {o.path for o in files}
     for o in files:
-        head,path = o.header(meta),out/o.path
-        ok = path.is_file() and path.stat().st_size==len(head)+o.nbytes
-        yield o.path,'header',ok and path.open('rb').read(len(head))==head
+        yield o.path,'header',_header_fits(have.get(o.path), o.header(meta), o, told['outputs'].get(o.path))
+    for k in told['outputs']:
+        if k not in made: yield k,'made by the plan',False
     for k,h in told['files'].items():
-        yield k,'sha256',(out/k).is_file() and sha256(out/k)==h
+        yield k,'sha256',k in have and not holds_weights(k) and sha256(have[k])==h
+    for k,path in have.items():
+        if k not in {*made, *told['files'], 'README.md', 'merge.json'}: yield k,'not listed',False
+        elif k.endswith('.index.json'): yield k,'index',_index_fits(k, path, files)
+        elif k.endswith('.py'):
+            own = _copied_from(k, models, told['files_from'])
+            yield k,'code of the input',own is not None and own.read_bytes()==path.read_bytes()
+    for k in odd: yield k,'not listed',False
+    for k in hidden: yield k,'hidden, not looked at',True
 
 # %% ../nbs/62_verify.ipynb #00000006
 def _checksum(ckpt, key, block=1<<24):
@@ -114,18 +182,24 @@ def verify(
     if base is None and 'base' in told['inputs']: base = _open_source('base', told['inputs']['base'], None)
     sources = {m: _open_source(m, o, given.get(m), base) for m,o in told['inputs'].items()}
     plan = Plan.load(out/'plan.csv')
+    parts = {*plan.models, 'base', *(f'grams@{m}' for m in plan.models)}
+    if odd := {*plan.models, told['files_from']}-{*sources} | {*sources}-parts:
+        raise ValueError(f"{out}: plan.csv and merge.json name other models, {sorted(odd)[0]!r}: ask for the folder as it was made")
     grams = {m[6:]: o for m,o in sources.items() if m.startswith('grams@')}
     models,base = align({m: sources[m] for m in plan.models}, sources.get('base'))
     sources |= models | ({} if base is None else dict(base=base))
     rows = plan_rows(plan, models, base, told['dtype'], grams)
-    rows = [r for r in rows if r.name not in told['tied']]
+    ties = tied(plan, models)
+    rows = [r for r in rows if r.name not in ties]
     files = outputs(rows, told['shard_size'])
     meta = metadata(plan, sources, {m: o['sha256'] for m,o in told['inputs'].items()},
         told['made_by'])
     res = [(f, '', '', check, ok) for f,check,ok in [*_input_checks(sources, told['inputs']),
-        ('plan.csv', 'digest', plan.digest==told['plan_digest']),
-        *_file_checks(out, files, meta, told)]]
-    if not [o for o in res if o[3]=='header' and not o[-1]]:
-        res += _tensor_checks(plan, rows, files, out, sources, told, None if all else sample,
-            n_workers)
+        ('plan.csv', 'digest', plan.digest==told['plan_digest']), ('merge.json', 'shared tensors', told['tied']==ties),
+        *_file_checks(out, files, meta, told, models)]]
+    if not [o for o in res if o[3]=='header' and not o[4]]:
+        # a folder with something strange in it may be one that cannot be opened, and that was said
+        try: res += _tensor_checks(plan, rows, files, out, sources, told, None if all else sample, n_workers)
+        except ValueError:
+            if min(o[4] for o in res): raise
     return pd.DataFrame(res, columns=['file','tensor','rule','check','ok'])

@@ -5,4 +5,4 @@ import os
 if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 def pytest_addoption(parser):
-    parser.addoption('--long', action='store_true', help='fuzz 10,000 changes of each kind of file, kill fifty merges')
+    parser.addoption('--long', action='store_true', help='fuzzing and faults to the full: hours instead of minutes')

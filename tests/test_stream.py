@@ -236,7 +236,7 @@ def test_other_settings_do_not_continue(halfway):
 
 @pytest.mark.parametrize('damage', ['torn', 'empty', 'no journal', 'short file'])
 def test_damaged_journal(halfway, damage):
-    "A torn last line is a task not done; without a journal all starts again; a cut file is refused"
+    "A torn last line is a piece not done; without a journal all starts again; of a cut file, what is lost"
     go,d,_ = halfway
     journal,file = d/'.out.partial/journal',d/'.out.partial/data/model.safetensors'
     lines = journal.read_text().splitlines(True)
@@ -247,13 +247,9 @@ def test_damaged_journal(halfway, damage):
         assert journal.read_text().splitlines()==[o.strip() for o in lines]
     if damage=='empty': journal.write_text('')
     if damage=='no journal': journal.unlink()
-    if damage=='short file':
-        os.truncate(file, 100)
-        with pytest.raises(ValueError, match='was changed since.*merge again'): go()
-        go()
-    else:
-        go()
-        assert verify(d/'out', all=True).ok.all()
+    if damage=='short file': os.truncate(file, 100)
+    with pytest.warns(UserWarning, match='made again') if damage=='short file' else contextlib.nullcontext(): go()
+    assert verify(d/'out', all=True).ok.all()
 
 def test_two_at_once(halfway):
     "The second of two processes that write one folder is told so"
@@ -371,7 +367,7 @@ try: merge(make_plan('standard', models), models, out=sys.argv[2], n_workers=2)
 except Exception as e: print(type(e).__name__, e)
 '''
 
-@pytest.mark.parametrize('effect,words', [('os._exit(9)', 'RuntimeError a worker process was killed'),
+@pytest.mark.parametrize('effect,words', [('os._exit(9)', 'ChildProcessError a worker process was killed'),
     ('raise OSError(28, "No space left")', 'OSError [Errno 28] No space left'),
     ('raise ValueError("x"*100_000)', 'ValueError xxx')], ids=['killed', 'full', 'long'])
 def test_forked_worker_fails(effect, words, tmp_path):
@@ -403,6 +399,8 @@ def test_remembered_hashes(tmp_path, monkeypatch):
     "A large file is read once, and again when it changed; a broken memory is no obstacle"
     monkeypatch.setenv('SPECTRUM_CACHE', str(tmp_path/'cache'))
     monkeypatch.setattr(files, 'LARGE', 10)
+    later = [10**10]
+    monkeypatch.setattr(files.time, 'time_ns', lambda: int(time.time()*1e9)+later[0])
     f,old,read = tmp_path/'f',time.time_ns()-10**10,[]
     def write(text):
         f.write_text(text)
@@ -417,17 +415,22 @@ def test_remembered_hashes(tmp_path, monkeypatch):
     for text in ('', '[]', '{"x": 3}', json.dumps({str(f): 3}), 'x'):
         (tmp_path/'cache/sha256.json').write_text(text)
         assert sha()==hashlib.sha256(b'b'*21).hexdigest()
+    os.utime(f, ns=(old, old+20)) # changed in place, and its time set back
+    f.write_text('c'*21)
+    os.utime(f, ns=(old, old+21))
+    assert sha()==hashlib.sha256(b'c'*21).hexdigest()
+    later[0] = 0
     os.utime(f) # just changed: it may change again within the clock's grain
     n = len(read)
     assert sha()==sha() and len(read)==n+2
 
-def test_hub_files_name_their_hash(tmp_path):
-    "In the hub's cache a file is a link to one named by its SHA-256"
+def test_a_name_is_no_hash(tmp_path):
+    "In the hub's cache a file is a link to one named by its SHA-256: that is compared, and never taken for it"
     blob = tmp_path/('ab'*32)
     blob.write_text('not read')
     (tmp_path/'model.safetensors').symlink_to(blob)
-    assert files.sha256(tmp_path/'model.safetensors')=='ab'*32
-    assert files.sha256(blob)==hashlib.sha256(b'not read').hexdigest()
+    assert files.sha256(tmp_path/'model.safetensors')==hashlib.sha256(b'not read').hexdigest()
+    with pytest.raises(ValueError, match=f'is damaged.*delete {blob}'): files.known_sha256([tmp_path/'model.safetensors'])
 
 def test_hub_revision(tmp_path, monkeypatch):
     "A hub id is written down with its revision, and opened again at that one"
@@ -509,7 +512,7 @@ def test_folders_stay_verifiable(kind, tmp_path):
     models,base = {m: frozen/f'{m}.safetensors' for m in ('cat','dog')},frozen/'base.safetensors'
     told = json.loads((frozen/kind/'merge.json').read_text())
     found = verify(frozen/kind, models, base if 'base' in told['inputs'] else None, all=True)
-    assert found.ok.all() and set(found.check)=={'sha256','digest','header','made again'}
+    assert found.ok.all() and set(found.check)=={'sha256','digest','shared tensors','header','made again'}
     again = merge(Plan.load(frozen/kind/'plan.csv'), models, base, tmp_path/kind, dtype=told['dtype'])
     for o in [*again.rglob('*.safetensors'), again/'plan.csv']:
         assert o.read_bytes()==(frozen/kind/o.relative_to(again)).read_bytes()
