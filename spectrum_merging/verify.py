@@ -92,7 +92,8 @@ def _contents(out):
 def _header_fits(path, head, o, told):
     if path is None or path.stat().st_size!=len(head)+o.nbytes: return False
     with path.open('rb') as f: same = f.read(len(head))==head
-    return same and told=={'nbytes': len(head)+o.nbytes, 'header_sha256': hashed(head).hexdigest(), 'checksums': (told or {}).get('checksums')}
+    if told is None or set(told['checksums'])!={r.stored for r in o.rows}: return False
+    return same and told=={'nbytes': len(head)+o.nbytes, 'header_sha256': hashed(head).hexdigest(), 'checksums': told['checksums']}
 
 def _index_fits(name, path, files):
     "Whether an index leads to tensors of the result and nowhere else"
