@@ -49,6 +49,8 @@ def inside(
     own = Path(folder).resolve()
     text = name if isinstance(name, str) else ''
     named = bool(text) and not re.search(r'[\\\x00-\x1f\x7f\ud800-\udfff]|^/|^[A-Za-z]:|(^|/)$', text)
+    # no file system takes longer ones
+    named = named and all(len(o.encode())<256 for o in text.split('/')) and len(text)<4096
     at = Path(os.path.normpath(own/text)) if named else None
     # of names that lead upwards only those of a head to its merge are left
     if at is None or at==own or not any(at.is_relative_to(o) for o in _homes(own)):
@@ -117,6 +119,7 @@ def read_text(
 ) -> str: # Line ends as they are; without a byte-order mark
     "A text that somebody wrote. Raises `FileNotFoundError`, `ValueError` (no regular file, too long, no text)"
     with os.fdopen(open_regular(path), 'rb') as f: raw = f.read(most+1)
+    if raw is None: raise ValueError(f"{path} has nothing to read now: pass a regular file")
     if len(raw)>most: raise ValueError(f"{path} has more than {most:,} bytes, too many for what it should be: is it another file?")
     try: return raw.decode('utf-8-sig')
     except UnicodeDecodeError as e: raise ValueError(f"{path} is no text in UTF-8 ({e.reason} at byte {e.start}): download it again") from e

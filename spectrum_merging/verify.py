@@ -92,6 +92,7 @@ def _contents(out):
 def _header_fits(path, head, o, told):
     if path is None or path.stat().st_size!=len(head)+o.nbytes: return False
     with path.open('rb') as f: same = f.read(len(head))==head
+    if told is None or set(told['checksums'])!={r.stored for r in o.rows}: return False
     return same and told=={'nbytes': len(head)+o.nbytes, 'header_sha256': hashed(head).hexdigest(), 'checksums': told['checksums']}
 
 def _index_fits(name, path, files):
