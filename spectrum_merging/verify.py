@@ -17,7 +17,7 @@ from random import Random
 from .beside import holds_weights
 from .checkpoint import Checkpoint, content_sha256
 from .files import lies_inside, read_json, sha256
-from .folder import input_names, metadata, sealed, tied
+from .folder import input_names, leading_head, metadata, sealed, tied
 from .names import align
 from .plan import Plan, mixture
 from .stream import outputs, pieces, plan_rows, run_pieces, word_sum
@@ -95,13 +95,14 @@ def _header_fits(path, head, o, told):
     if told is None or set(told['checksums'])!={r.stored for r in o.rows}: return False
     return same and told=={'nbytes': len(head)+o.nbytes, 'header_sha256': hashed(head).hexdigest(), 'checksums': told['checksums']}
 
-def _index_fits(name, path, files):
-    "Whether an index leads to tensors of the result and nowhere else"
-    stored = {o.path: {r.stored for r in o.rows} for o in files}
+def _index_fits(name, path, files, lead):
+    "Whether an index leads to all tensors of a task, and nowhere else"
+    head = name.split('/')[1] if name.startswith('heads/') else lead
+    stored = {o.path: {r.stored for r in o.rows} for o in files if '/' not in o.path or o.path==f'heads/{head}.safetensors'}
     try: where = read_json(path)['weight_map']
     except (ValueError, KeyError, TypeError): return False
     def leads(f): return posixpath.normpath(posixpath.join(posixpath.dirname(name), f))
-    return _texts(where) and all(k in stored.get(leads(f), ()) for k,f in where.items())
+    return _texts(where) and {*where}==set().union(*stored.values()) and all(k in stored.get(leads(f), ()) for k,f in where.items())
 
 def _copied_from(name, models, files_from):
     "The file that `merge` copies to `name`, or None"
@@ -111,7 +112,7 @@ def _copied_from(name, models, files_from):
     return Path(folder)/rest if folder and rest and (Path(folder)/rest).is_file() else None
 
 # %% ../nbs/62_verify.ipynb #0000f133
-def _file_checks(out, files, meta, told, models):
+def _file_checks(out, files, meta, told, models, lead):
     "`(file, check, ok)` of every file of the result, without its numbers"
     have,hidden,odd = _contents(out)
     made = {o.path for o in files}
@@ -123,7 +124,7 @@ def _file_checks(out, files, meta, told, models):
         yield k,'sha256',k in have and not holds_weights(k) and sha256(have[k])==h
     for k,path in have.items():
         if k not in {*made, *told['files'], 'README.md', 'merge.json'}: yield k,'not listed',False
-        elif k.endswith('.index.json'): yield k,'index',_index_fits(k, path, files)
+        elif k.endswith('.safetensors.index.json'): yield k,'index',_index_fits(k, path, files, lead)
         elif k.endswith('.py'):
             own = _copied_from(k, models, told['files_from'])
             yield k,'code of the input',own is not None and own.read_bytes()==path.read_bytes()
@@ -197,7 +198,7 @@ def verify(
         told['made_by'])
     res = [(f, '', '', check, ok) for f,check,ok in [*_input_checks(sources, told['inputs']),
         ('plan.csv', 'digest', plan.digest==told['plan_digest']), ('merge.json', 'shared tensors', told['tied']==ties),
-        *_file_checks(out, files, meta, told, models)]]
+        *_file_checks(out, files, meta, told, models, leading_head(plan, models, told['files_from']))]]
     if not [o for o in res if o[3]=='header' and not o[4]]:
         # a folder with something strange in it may be one that cannot be opened, and that was said
         try: res += _tensor_checks(plan, rows, files, out, sources, told, None if all else sample, n_workers)

@@ -319,6 +319,16 @@ def test_index_that_leads_elsewhere(where, out):
     sealed(out, lambda m: m['files'].update({f.name: hashlib.sha256(f.read_bytes()).hexdigest()}))
     assert (f.name, 'index') in bad(out)
 
+@pytest.mark.parametrize('at', ['', 'heads/a/', 'heads/b/'])
+def test_index_that_leaves_out(at, out):
+    "What an index does not lead to would be made up at random"
+    f = out/at/'model.safetensors.index.json'
+    told = json.loads(f.read_text())
+    for k in list(told['weight_map']):
+        f.write_text(json.dumps(dict(weight_map={o: v for o,v in told['weight_map'].items() if o!=k})))
+        sealed(out, lambda m: m['files'].update({f'{at}{f.name}': hashlib.sha256(f.read_bytes()).hexdigest()}))
+        assert bad(out)=={(f'{at}{f.name}', 'index')}
+
 def test_ties_come_from_the_models(models, tmp_path):
     "A tensor that a manifest calls tied is missed all the same"
     plan = make_plan('standard', models)
