@@ -72,20 +72,26 @@ def distance(
     high += low
     return slack*np.linalg.norm(high)+off+2.**-53*np.linalg.norm(c)
 
-# Singular vectors of OpenBLAS are off by up to 5 such units, those through the Gram by 30 where the weakest kept is 300 times
-# weaker than the first (measured from 2 × 3 to 768 × 768 and 256 × 4,096, on three kernels).
-_units = 32
+# LAPACK calls an entry of a bidiagonal matrix 0 when it is below 90 u of its neighbours, and is thus off by up to 90 u in each of
+# two residuals where one such entry is left, whatever the size; rounding by up to 5 √(m+n) u (measured from 2 × 3 to 768 × 768
+# and 256 × 4,096, on three kernels). Three of these and half as much again leave no honest decomposition out.
+_units,_more = 256,8
 
 def svd_standard(
     d:np.ndarray, # (m, n) matrix
 ) -> float: # In units of `d`, as a Frobenius norm
     "How far triples may be from singular ones"
-    return _units*2.**-53*sqrt(sum(np.shape(d)))*np.linalg.norm(d)
+    return (_units+_more*sqrt(sum(np.shape(d))))*2.**-53*np.linalg.norm(d)
 
 # %% ../nbs/33_factors.ipynb #f100000b
-def _svd(d):
-    try: return np.linalg.svd(d, full_matrices=False)
-    except np.linalg.LinAlgError: return slow_svd(d, full_matrices=False, lapack_driver='gesvd')
+def _svds(d):
+    "The decomposition by several ways"
+    try: yield np.linalg.svd(d, full_matrices=False)
+    except np.linalg.LinAlgError: pass
+    yield slow_svd(d, full_matrices=False, lapack_driver='gesvd')
+    # rows in another order take another way through the iteration
+    u,s,v = slow_svd(d[::-1], full_matrices=False, lapack_driver='gesvd')
+    yield u[::-1],s,v
 
 def _missed(d, u, s, v, right=None):
     "How far triples are from singular ones; `right`: how far `s*v` is from `uᵀd`, where that is known"
@@ -110,13 +116,12 @@ def gram_svd(
     u,s,v = q[:,keep],s[keep],b[keep]/s[keep,None]
     # the eigenvectors' error grows with the square of the condition: 1e-9 at 5000
     if not (s < s[:1]*2e-4).any() and _missed(d, u, s, v, off+2.**-51*np.linalg.norm(s)) <= svd_standard(d): return u,s,v
-    u,s,v = _svd(d)
-    keep = np.flatnonzero(s > s[:1]*1e-7)[:k]
-    u,s,v = u[:,keep],s[keep],v[keep]
-    if (off := _missed(d, u, s, v)) > (most := svd_standard(d)):
-        raise ValueError(f"the singular vectors of a {d.shape[0]} × {d.shape[1]} matrix are off by {off:.1e}, where LAPACK "
-            f"is known for less than {most:.1e}: use another BLAS, or another kernel of it (OPENBLAS_CORETYPE)")
-    return u,s,v
+    for u,s,v in _svds(d):
+        keep = np.flatnonzero(s > s[:1]*1e-7)[:k]
+        u,s,v = u[:,keep],s[keep],v[keep]
+        if not (off := _missed(d, u, s, v)) > (most := svd_standard(d)): return u,s,v
+    raise ValueError(f"the singular vectors of a {d.shape[0]} × {d.shape[1]} matrix are off by {off:.1e}, where LAPACK "
+        f"is known for less than {most:.1e}: use another BLAS, or another kernel of it (OPENBLAS_CORETYPE)")
 
 # %% ../nbs/33_factors.ipynb #f100000c
 def polar(

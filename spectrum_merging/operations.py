@@ -296,37 +296,70 @@ def _chosen(d, density, seed):
     return rng.random(d.shape)<density
 
 # %% ../nbs/35_operations.ipynb #00000024
+# Digits of the angles: far more than a double holds, so that they are rounded once, and the same everywhere.
+_exact = Context(prec=40)
+
+def _series(x, term, step):
+    "Σ of terms until they no longer count; `step(term, x², i)` gives the next"
+    square,res,i = _exact.multiply(x, x),term,1
+    while term.copy_abs() > _exact.multiply(res.copy_abs(), Decimal('1e-38')):
+        term = step(term, square, i)
+        res,i = _exact.add(res, term),i+1
+    return res
+
+def _cos_sin(x):
+    "Cosine and sine of an angle from 0 to π, correctly rounded: unlike those of a library the same everywhere"
+    def next_term(a, b): return lambda t, sq, i: _exact.divide(_exact.multiply(_exact.minus(t), sq), Decimal((2*i+a)*(2*i+b)))
+    x = Decimal(x)
+    return float(_series(x, Decimal(1), next_term(-1, 0))),float(_series(x, x, next_term(0, 1)))
+
+def _angle(y, x):
+    "Angle of the point (x, y), y ≥ 0, correctly rounded: half of it four times, then its series"
+    y,x,doubled = Decimal(y),Decimal(x),1
+    for _ in range(4):
+        size = _exact.sqrt(_exact.add(_exact.multiply(x, x), _exact.multiply(y, y)))
+        # the half angle's tangent is y/(size+x), or (size-x)/y, which does not cancel where x is negative
+        y,x,doubled = (y, _exact.add(size, x), doubled*2) if x>=0 else (_exact.subtract(size, x), y, doubled*2)
+    t = _exact.divide(y, x)
+    power = [t]
+    def step(_, sq, i):
+        power[0] = _exact.multiply(_exact.minus(power[0]), sq)
+        return _exact.divide(power[0], Decimal(2*i+1))
+    return float(_exact.multiply(Decimal(doubled), _series(t, t, step))) if t else 0.
+
 @rule('matrix', entrywise=True)
 def slerp(
     weights:list, # (out, in) each
     coefs:list, # Coefficient of each, 0 or more
 ) -> np.ndarray: # (out, in)
     "Weighted mean on the sphere: SLERP for two ([Shoemake 1985](https://doi.org/10.1145/325165.325242)), the Karcher mean for more. Raises `ValueError`"
-    coefs = np.asarray(coefs, float)
-    if len(coefs)!=len(weights) or not (coefs>=0).all() or not 0<coefs.sum()<np.inf:
-        raise ValueError(f"coefficients are {coefs.tolist()}: pass one of 0 or more per model")
-    coefs,norms = coefs/coefs.sum(),[np.linalg.norm(_f64(w)) for w in weights]
+    coefs = [float(c) for c in coefs]
+    if len(coefs)!=len(weights) or not all(c>=0 for c in coefs) or not 0<sum(coefs)<np.inf:
+        raise ValueError(f"coefficients are {coefs}: pass one of 0 or more per model")
+    coefs,norms = [c/sum(coefs) for c in coefs],[norm(w) for w in weights]
     # a sphere of one number is two points, with nothing between them
     if not all(norms) or np.size(weights[0])==1: return sum(c*_f64(w) for c,w in zip(coefs, weights))
     vs = [_f64(w)/n for w,n in zip(weights, norms)]
     mean = sum(c*v for c,v in zip(coefs, vs))
-    if np.linalg.norm(mean)<1e-9:
+    if norm(mean)<1e-9:
         raise ValueError("the weights point in opposite directions: "
             "they have no mean on the sphere; average them")
-    mean /= np.linalg.norm(mean)
-    # a bound for weights that nearly oppose each other; others need a few steps
+    mean /= norm(mean)
+    # a limit for weights that nearly oppose each other; others need a few steps
     for _ in range(100):
         step = sum(c*_log(mean, v) for c,v in zip(coefs, vs))
-        n = np.linalg.norm(step)
+        n = norm(step)
         if n<1e-14: break
-        mean = np.cos(n)*mean + np.sin(n)*step/n
-    return mean*(coefs@norms)
+        cos,sin = _cos_sin(n)
+        mean = cos*mean + sin*step/n
+    return mean*sum(c*n for c,n in zip(coefs, norms))
 
 def _log(p, v):
     "Tangent at `p` towards `v` on the unit sphere, as long as their angle"
-    flat = v-(p*v).sum()*p
-    n = np.linalg.norm(flat)
-    return flat*(np.arctan2(n, (p*v).sum())/n) if n>1e-15 else np.zeros_like(p)
+    along = total(p*v)
+    flat = v-along*p
+    n = norm(flat)
+    return flat*(_angle(n, along)/n) if n>1e-15 else np.zeros_like(p)
 
 # %% ../nbs/35_operations.ipynb #00000028
 def _flat(w): return _f64(w).reshape(len(w) if np.ndim(w)>1 else 1, -1)
