@@ -225,7 +225,7 @@ def test_shrinkage_by_the_edge():
     error = {k: np.linalg.norm(shrink(truth+X, k)-truth) for k in ('mp','flip')}
     assert error['flip'] < .7*error['mp'] and error['flip'] < .5*np.linalg.norm(X)
     two = [truth+X, truth-X]
-    assert np.allclose(shrink_mean(two, estimator='flip'), sum(shrink(d, 'flip') for d in two))
+    assert np.allclose(shrink_mean(two, estimator='flip'), sum(shrink(d, 'flip') for d in two), 2e-3) # its level is on a grid
     for bad in 'dyson','paper_nlp':
         with pytest.raises(ValueError, match=f'{bad} has no edge'): shrink(X, bad)
     assert recipe('shrink_mean(estimator=flip)').text=='shrink_mean(estimator=flip)'
