@@ -12,65 +12,60 @@ __all__ = ['Unproved', 'Cut', 'cut', 'level_bound', 'shrunk_bound', 'stack_bound
 import numpy as np
 from dataclasses import dataclass
 from math import inf, sqrt
-from .factors import distance, gamma, gram_svd, norm, products, slack, solve, solve_standard, svd_standard
+from .factors import gamma, gram_svd, norm, slack, solve, solve_standard, svd_standard
 
 # %% ../nbs/34_bounds.ipynb #f2000006
 class Unproved(ValueError): "There is no useful bound, and why"
 
 @dataclass(frozen=True)
 class Cut:
-    "Leading singular triples of a matrix, and how far those that others find may be off"
+    "Leading singular triples of a matrix, and how far those that another machine finds may be off"
     u:np.ndarray # (m, r)
     s:np.ndarray # (r,), falling
     v:np.ndarray # (r, n)
-    error:float # Distance of the matrix from one of which anybody's triples are exact
-    gap:float # From the last direction kept to the first one left out, at least; less three times the error
+    error:float # Distance of the matrices of which the triples of two machines are exact
+    gap:float # From the last direction kept on one machine to the first one left out on the other, at least
+    out:tuple # Triples that are left out
 
     @property
-    def turn(self): # How far the space of the directions kept may turn; 0 where there are none
+    def turn(self): # How far the space of the directions kept may turn, as a sine; 0 where there are none
         return self.error/self.gap if len(self.s) else 0.
     @property
-    def tilt(self): # How far from orthonormal vectors may be
+    def tilt(self): # How far from orthonormal the vectors of both may be
         return self.error/self.s[-1] if len(self.s) else 0.
-
-def _left_out(d, r):
-    "The largest singular value beyond the first `r`, from above; (m, n) with m ≤ n"
-    m,n = d.shape
-    if r==m: return 0.
-    q,size = np.linalg.eigh(d@d.T)[1][:,::-1],np.linalg.norm(d)
-    high,low,off = products(q[:,r:].T, d)
-    b = high+low
-    high,low,rest = products(b, b.T)
-    C = high+low
-    top = np.diag(C).max()+np.linalg.norm(C-np.diag(np.diag(C)))+rest+2.**-51*np.linalg.norm(b)**2
-    return sqrt(top)*(1+2.**-50)+off+2.**-52*size+.7*distance(q.T, q, np.eye(m))*size
+    @property
+    def apart(self): # (r,) distance of each direction kept from those left out
+        return self.s-(self.s[-1]-self.gap)
 
 # %% ../nbs/34_bounds.ipynb #f2000007
 def cut(
     d:np.ndarray, # (m, n) matrix
     k:int=None, # Directions at most; all by default
-    given:float=0., # What the matrix itself may be off by, as a Frobenius norm
+    given:float=0., # What the matrices of two machines may differ by, as a Frobenius norm
     least:float=0., # Directions weaker than this are left out, too
 ) -> Cut:
     "Leading directions, as `gram_svd` finds them. Raises `Unproved`"
     d = np.asarray(d, 'f8')
     if d.shape[0]>d.shape[1]:
         o = cut(d.T, k, given, least)
-        return Cut(o.v.T, o.s, o.u.T, o.error, o.gap)
-    u,s,v = gram_svd(d, k)
-    least = max(least, 1e-7*s[0] if len(s) else 0.)
-    error,r = 2*svd_standard(d)+given,int((s > least).sum())
+        return Cut(o.v.T, o.s, o.u.T, o.error, o.gap, (o.out[2].T, o.out[1], o.out[0].T))
+    u,s,v = gram_svd(d)
+    own,least = 4*svd_standard(d),max(least, 1e-7*s[0] if len(s) else 0.)
+    error,most = own+given,len(d) if k is None else min(k, len(d))
+    r = min(most, int((s > least).sum()))
+    rest = u[:,r:],s[r:],v[r:]
     u,s,v = u[:,:r],s[:r],v[:r]
-    if not r and not least and not d.any() and not given: return Cut(u, s, v, 0., inf)
-    out,most = _left_out(d, r)+given,len(d) if k is None else min(k, len(d))
+    if not r and not least and not given and not d.any(): return Cut(u, s, v, 0., inf, rest)
+    # what is not even among the directions found here is next to nothing
+    out = rest[1][0] if len(rest[1]) else 1e-6*least+own if r+len(rest[1])==len(d) else least
     # what is left out as too weak must be so for everybody
-    if r<most and out+error >= least or r and s[-1]-2*error <= least:
+    if r<most and len(rest[1]) and out+error >= least or r and s[-1]-error <= least:
         raise Unproved(f"a direction is as weak as what counts as none ({least:.1e})")
-    if not r: return Cut(u, s, v, error, inf)
-    if error > .009*s[-1]: raise Unproved(f"the last direction ({s[-1]:.1e}) is as weak as rounding ({error:.1e})")
-    if (gap := s[-1]-out-3*error) <= 0:
-        raise Unproved(f"directions {r} and {r+1} are equally strong: {s[-1]:.9g}, {max(out-given, 0):.9g}")
-    return Cut(u, s, v, error, gap)
+    if not r: return Cut(u, s, v, error, inf, rest)
+    if own > .009*s[-1]: raise Unproved(f"the last direction ({s[-1]:.1e}) is as weak as rounding ({own:.1e})")
+    if (gap := s[-1]-out-error) <= 0:
+        raise Unproved(f"directions {r} and {r+1} are equally strong: {s[-1]:.9g}, {out:.9g}, {error:.1e} in doubt")
+    return Cut(u, s, v, error, gap, rest)
 
 # %% ../nbs/34_bounds.ipynb #f200000a
 def level_bound(
@@ -85,32 +80,39 @@ def level_bound(
     w = (1-beta)*c.s+mean
     moved = ((1-beta)*(c.s[-1]+c.error)+mean)*c.turn+beta*c.error
     rounded = gamma(r+1)*mean*sqrt(r)+gamma(r+3)*np.linalg.norm(w)*sqrt(r)
-    return 2*slack*(moved+(w/c.s).max()*c.error+rounded)
+    return slack*(moved+(w/c.s).max()*c.error+2*rounded)
 
 # %% ../nbs/34_bounds.ipynb #f2ff0001
 def shrunk_bound(
     d:np.ndarray, # (m, n) matrix
+    k:int, # Directions that are looked at: all above the edge, and one more
     edge:float, # Singular value at which its noise ends
     kept, # Function: singular values to shrunken ones, concave above the edge
 ) -> float: # Of the difference of two machines' results, for any entry
     "For a matrix with shrunken singular values. Raises `Unproved`"
-    u,s,v = gram_svd(d)
-    error = 2*svd_standard(d)
+    s,error = gram_svd(d, k)[1],4*svd_standard(d)
     if (abs(s-edge) <= 2*error).any() or not edge > 1e-6*s.max(initial=0):
         raise Unproved(f"a direction is at the noise edge ({edge:.9g})")
     if not (s > edge).any(): return 0.
     least = s[s > edge].min()-error
     steep,w = max(1., float(kept(np.array([least]))[0])/(least-edge)),kept(s)
     rounded = gamma(len(s)+3)*np.linalg.norm(w)*sqrt(len(s))
-    return 2*slack*(steep*error+error+rounded)
+    return slack*(steep*error+error+2*rounded)
 
 # %% ../nbs/34_bounds.ipynb #f200000d
-def _stack_error(cuts): return sqrt(sum(((1+sqrt(2))*c.turn+c.tilt)**2 for c in cuts))
+def _stack_error(cuts):
+    "Distance of the stacks of two machines, turned towards each other"
+    # up to a sine of .3 a chord is a fiftieth longer at most
+    if any(c.turn > .3 for c in cuts): raise Unproved("the directions kept are hardly stronger than those left out")
+    return slack*sqrt(sum((2*slack*c.turn+c.tilt)**2 for c in cuts))
 
-def _polar_error(x, given):
-    "Distance of anybody's polar factor of `x` from the exact one, where `x` itself is off by `given`"
+def _polar_error(x, given, weights):
+    "Distance of the polar factors of two machines times `diag(weights)`, where their `x`, (m, k), differ by `given`"
     c = cut(x, given=given)
-    return slack*(c.turn+c.tilt+gamma(len(c.s)+3)*len(c.s))
+    inside = np.linalg.norm(c.v*weights/c.apart[:,None], 2)
+    outside = np.linalg.norm(np.diag(weights)-c.v.T@(c.v*weights), 2)/c.gap if len(c.s)<x.shape[1] else 0.
+    top = weights.max()
+    return slack*(sqrt(2)*c.error*(np.hypot(inside, outside)+c.tilt*top/c.gap)+top*(c.tilt+2*gamma(len(c.s)+3)*len(c.s)))
 
 def stack_bound(
     cuts:list, # Of `Cut`, one per update
@@ -118,42 +120,54 @@ def stack_bound(
     "For the leading parts of several matrices, made orthonormal together. Raises `Unproved`"
     cuts = [c for c in cuts if len(c.s)]
     if not cuts: return 0.
-    s,top,off = np.concatenate([c.s for c in cuts]),max(c.s[0] for c in cuts),slack*_stack_error(cuts)
-    left = _polar_error(np.concatenate([c.u for c in cuts], 1), off)
-    right = _polar_error(np.concatenate([c.v for c in cuts]), off)
-    # of the strengths: those of the part itself, and the two bases
-    inner = sqrt(sum(((c.s[-1]+c.error+(1+2*sqrt(2))*c.s[0])*c.turn+2*c.error)**2 for c in cuts))
-    return 2*slack*(top*(left+right)+inner+gamma(len(s)+3)*np.linalg.norm(s)*sqrt(len(s)))
+    s,off = np.concatenate([c.s for c in cuts]),_stack_error(cuts)
+    left = _polar_error(np.concatenate([c.u for c in cuts], 1), off, s)
+    right = _polar_error(np.concatenate([c.v for c in cuts]).T, off, s)
+    # the strengths in the nearest bases: |D| of the part, and a turn's square for bringing it there
+    inner = sqrt(sum((sqrt(2)*(c.s[-1]+c.error)*c.turn+1.5*c.s[0]*c.turn**2+2*c.error)**2 for c in cuts))
+    return slack*(left+right*(1+inner/s.min())+inner+2*gamma(len(s)+3)*np.linalg.norm(s)*sqrt(len(s)))
 
 # %% ../nbs/34_bounds.ipynb #f2000010
 def part_error(
     c:Cut, # Leading directions
 ) -> float: # Frobenius norm
-    "Distance of anybody's leading part `(u*s)@v` from the exact one"
-    return slack*((c.s[-1]+c.error)*c.turn+c.error+gamma(len(c.s)+3)*np.linalg.norm(c.s)*sqrt(len(c.s))) if len(c.s) else 0.
+    "Distance of the leading parts `(u*s)@v` of two machines"
+    return slack*((c.s[-1]+c.error)*c.turn+c.error+2*gamma(len(c.s)+3)*np.linalg.norm(c.s)*sqrt(len(c.s))) if len(c.s) else 0.
+
+def _outside(c, d):
+    "What is left of `d` outside of the directions kept, and how far another machine's is from it"
+    inner,outer,size = c.u.T@d,c.out[0].T@d,np.linalg.norm(d)
+    rest = d-c.u@inner
+    if not len(c.s): return rest,0.
+    # in the basis of all directions of what was cut, each as far from those on the other side as it is
+    far = (c.s[-1]-c.error-c.out[1])[:,None]
+    parts = inner/c.apart[:,None],outer/far,(rest-c.out[0]@outer)/c.gap,np.array(c.tilt*size/c.gap)
+    moved = sqrt(2)*c.error*np.linalg.norm(list(map(np.linalg.norm, parts)))
+    return rest,slack*(moved+(2*c.tilt+2*gamma(sum(d.shape))*(sqrt(len(c.s))+1))*size)
 
 def common_bound(
     ds:list, # (m, n) matrices
-    errors:list, # What each may be off by
+    errors:list, # What each may differ by
     first:int, # Directions that their sum gets
     own:int, # Directions that each of them gets
     size:int, # Directions that the mean is taken of
 ) -> float: # Of the difference of two machines' results, for any entry
     "For common and own directions, all level. Raises `Unproved`"
     sizes = [np.linalg.norm(d) for d in ds]
-    head = cut(sum(ds), first, sum(errors)+len(ds)*2.**-52*sum(sizes)*bool(any(errors)))
+    head = cut(sum(ds), first, sum(errors)+len(ds)*2.**-51*sum(sizes)*bool(any(errors)))
     cuts = [head]
     for d,n,error in zip(ds, sizes, errors) if own else ():
-        turned = (1+sqrt(2))*head.turn+2*head.tilt+gamma(sum(d.shape))*(sqrt(len(head.s))+1)
+        rest,moved = _outside(head, d)
         # the operation leaves out what is below 1e-7 of the update
-        cuts.append(cut(d-head.u@(head.u.T@d), own, error+slack*turned*n, 1e-7*n))
+        cuts.append(cut(rest, own, error+moved, 1e-7*n))
     cuts = [c for c in cuts if len(c.s)]
     if not cuts: return 0.
-    off,k = slack*_stack_error(cuts),sum(len(c.s) for c in cuts)
+    off,k = _stack_error(cuts),sum(len(c.s) for c in cuts)
     mean = sum(c.s.sum() for c in cuts)/size
-    left,right = (_polar_error(o, off) for o in (np.concatenate([c.u for c in cuts], 1), np.concatenate([c.v for c in cuts])))
-    means = sum(sqrt(len(c.s))*c.error for c in cuts)/size+gamma(k+2)*mean
-    return 2*slack*(mean*(left+right+gamma(k+3)*k)+means*sqrt(k))
+    left = _polar_error(np.concatenate([c.u for c in cuts], 1), off, np.ones(k))
+    right = _polar_error(np.concatenate([c.v for c in cuts]).T, off, np.ones(k))
+    means = sum(sqrt(len(c.s))*c.error for c in cuts)/size+2*gamma(k+2)*mean
+    return slack*(mean*(left+right+2*gamma(k+3)*k)+means*sqrt(k))
 
 # %% ../nbs/34_bounds.ipynb #f2000012
 def least_eigenvalue(

@@ -11,13 +11,12 @@ __all__ = ['Each', 'regmean', 'ridge_mean', 'ranks', 'tsv_m', 'iso_c', 'iso_cts'
 # %% ../nbs/35_operations.ipynb #00000003
 import numpy as np, zlib
 from dataclasses import dataclass
-from decimal import Context, Decimal
 from math import sqrt
 from .rules import Choice, Range, Recipe, recipe, rule, rule_names
 from .bounds import (Unproved, common_bound, cut, least_eigenvalue, level_bound, part_error, ridge_bound,
     shrunk_bound, solved_error, stack_bound)
 from .edges import default_estimator, shrinker
-from .factors import gamma, gram_svd, norm, polar, solve, total
+from .factors import angle, cos_sin, gamma, gram_svd, norm, polar, solve, total
 from .spectrum import Spectrum, noise_edge
 from threadpoolctl import threadpool_limits, threadpool_info
 
@@ -257,7 +256,7 @@ def iso_cts(
 _drawn,_found,_doubt = 1<<9,1<<32,.1
 
 def _grid(d, estimator):
-    "Update without its mean, its mean, singular value of noise of variance 1; in units of the norm: steps of the noise level"
+    "Update without its mean, its mean, how many directions to look at, steps of the noise level, a step in units of the norm"
     s = _spectrum(d, estimator)
     if s is None or abs(sqrt(s.eigs.sum()*s.n)*s.unit-s.norm) > 1e-6*s.norm:
         raise ValueError(f"estimator {estimator} has no edge for the singular values of the matrix itself: choose another")
@@ -266,7 +265,9 @@ def _grid(d, estimator):
     level = (s.sigma if not s.edge_error else sqrt(s.edge/noise_edge(s.m, s.n))*s.unit)*sqrt(s.n)
     part,power = np.frexp(level/norm(d-mean)) if level else (0., 0)
     steps = _drawn if s.edge_error else _found
-    return d-mean,mean,float(part)*steps,2.**int(power)/steps
+    # all directions above, and a few more
+    k = int((np.sqrt(s.eigs*s.n) > .99*(1+sqrt(s.beta))*level).sum())+1
+    return d-mean,mean,k,float(part)*steps,2.**int(power)/steps
 
 def _shrunk_by(d, step, unit):
     "Where the noise of so many steps ends, and how singular values are shrunken above"
@@ -274,20 +275,20 @@ def _shrunk_by(d, step, unit):
     beta = min(d.shape)/max(d.shape)
     return level*(1+sqrt(beta)),lambda s: shrinker(s/level, beta)*level
 
-def _shrunk(d, step, unit):
-    u,s,v = gram_svd(d)
+def _shrunk(d, k, step, unit):
+    u,s,v = gram_svd(d, k)
     return (u*_shrunk_by(d, step, unit)[1](s))@v
 
 def _shrink_bound(updates, estimator='mp'):
     off = 0.
     for d in map(_f64, updates):
         if min(d.shape)<2: continue
-        d,_,step,unit = _grid(d, estimator)
+        d,_,k,step,unit = _grid(d, estimator)
         if not step: continue
-        try: off += shrunk_bound(d, *_shrunk_by(d, step, unit))
+        try: off += shrunk_bound(d, k, *_shrunk_by(d, step, unit))
         except Unproved as e: return 4.1*sum(np.linalg.norm(d) for d in updates),str(e)
         low,high = round(step-_doubt),round(step+_doubt)
-        if low!=high: off += 1.01*abs(_shrunk(d, low, unit)-_shrunk(d, high, unit)).max()
+        if low!=high: off += 1.01*abs(_shrunk(d, k, low, unit)-_shrunk(d, k, high, unit)).max()
     return off,''
 
 @rule('matrix', dict(estimator=Choice(tuple(rule_names('estimator')))), homogeneous=True, bound=_shrink_bound,
@@ -299,8 +300,8 @@ def shrink_mean(
     "Σ of updates shrunk to their signal ([Gavish & Donoho 2017](https://arxiv.org/abs/1405.7511)). Raises `ValueError`"
     def one(d):
         if min(d.shape)<2: return d
-        centred,mean,step,unit = _grid(d, estimator)
-        return _shrunk(centred, step, unit)+mean if step else d
+        centred,mean,k,step,unit = _grid(d, estimator)
+        return _shrunk(centred, k, step, unit)+mean if step else d
     return sum(one(_f64(d)) for d in updates)
 
 # %% ../nbs/35_operations.ipynb #00000022
@@ -353,37 +354,6 @@ def _chosen(d, density, seed):
     return rng.random(d.shape)<density
 
 # %% ../nbs/35_operations.ipynb #00000024
-# Digits of the angles: far more than a double holds, so that they are rounded once, and the same everywhere.
-_exact = Context(prec=40)
-
-def _series(x, term, step):
-    "Σ of terms until they no longer count; `step(term, x², i)` gives the next"
-    square,res,i = _exact.multiply(x, x),term,1
-    while term.copy_abs() > _exact.multiply(res.copy_abs(), Decimal('1e-38')):
-        term = step(term, square, i)
-        res,i = _exact.add(res, term),i+1
-    return res
-
-def _cos_sin(x):
-    "Cosine and sine of an angle from 0 to π, correctly rounded: unlike those of a library the same everywhere"
-    def next_term(a, b): return lambda t, sq, i: _exact.divide(_exact.multiply(_exact.minus(t), sq), Decimal((2*i+a)*(2*i+b)))
-    x = Decimal(x)
-    return float(_series(x, Decimal(1), next_term(-1, 0))),float(_series(x, x, next_term(0, 1)))
-
-def _angle(y, x):
-    "Angle of the point (x, y), y ≥ 0, correctly rounded: half of it four times, then its series"
-    y,x,doubled = Decimal(y),Decimal(x),1
-    for _ in range(4):
-        size = _exact.sqrt(_exact.add(_exact.multiply(x, x), _exact.multiply(y, y)))
-        # the half angle's tangent is y/(size+x), or (size-x)/y, which does not cancel where x is negative
-        y,x,doubled = (y, _exact.add(size, x), doubled*2) if x>=0 else (_exact.subtract(size, x), y, doubled*2)
-    t = _exact.divide(y, x)
-    power = [t]
-    def step(_, sq, i):
-        power[0] = _exact.multiply(_exact.minus(power[0]), sq)
-        return _exact.divide(power[0], Decimal(2*i+1))
-    return float(_exact.multiply(Decimal(doubled), _series(t, t, step))) if t else 0.
-
 @rule('matrix', entrywise=True)
 def slerp(
     weights:list, # (out, in) each
@@ -407,7 +377,7 @@ def slerp(
         step = sum(c*_log(mean, v) for c,v in zip(coefs, vs))
         n = norm(step)
         if n<1e-14: break
-        cos,sin = _cos_sin(n)
+        cos,sin = cos_sin(n)
         mean = cos*mean + sin*step/n
     return mean*sum(c*n for c,n in zip(coefs, norms))
 
@@ -416,7 +386,7 @@ def _log(p, v):
     along = total(p*v)
     flat = v-along*p
     n = norm(flat)
-    return flat*(_angle(n, along)/n) if n>1e-15 else np.zeros_like(p)
+    return flat*(angle(n, along)/n) if n>1e-15 else np.zeros_like(p)
 
 # %% ../nbs/35_operations.ipynb #00000028
 def _flat(w): return _f64(w).reshape(len(w) if np.ndim(w)>1 else 1, -1)
