@@ -132,13 +132,13 @@ def _svds(d):
     yield u[::-1],s,v
 
 def _skew(q):
-    "`qᵀq` less the identity, and what it may be off by: half the products of `products`"
+    "`qᵀq` less the identity, and what it may be off by: two thirds of the work of `products`"
     n = len(q)
     a,b = _halves(q, (53-int(np.ceil(np.log2(max(1, n)))))//2)
     res,low = a.T@a,a.T@b
     res[np.diag_indices(len(res))] -= 1
-    res += low+low.T
-    return res,slack*(2*gamma(n+6)*np.linalg.norm(a)*np.linalg.norm(b)+np.linalg.norm(b)**2)
+    res += low+low.T+b.T@b
+    return res,slack*gamma(n+6)*np.linalg.norm(b)*(2*np.linalg.norm(a)+np.linalg.norm(b))
 
 def _missed(d, u, s, v, right=None):
     "How far triples are from singular ones; `right`: how far `s*v` is from `uᵀd`, where that is known"
@@ -146,7 +146,7 @@ def _missed(d, u, s, v, right=None):
     A,off = _skew(u)
     left = np.linalg.norm(A*s)+off*s.max(initial=0)
     if len(s)<len(d): return distance(d, v.T, u*s)+left+right
-    # where no direction is left out, right vectors that are orthonormal say the same by half the products
+    # where no direction is left out, right vectors that are orthonormal say the same with less work
     B,off = _skew(v.T)
     return np.linalg.norm(s[:,None]*B)+off*s.max(initial=0)+left+right
 
