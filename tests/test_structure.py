@@ -13,8 +13,8 @@ core = [k for k in files if not k.startswith('lab.') and k not in ('bench','cli'
 
 # A room imports only from floors below its own.
 floors = [
-    ['rules','arithmetic','files','formats','parallel','matrices','evaluate','plot'],
-    ['units','align','quantised'],
+    ['rules','arithmetic','factors','files','formats','parallel','matrices','evaluate','plot'],
+    ['units','align','quantised','bounds'],
     ['spectrum','lowrank','strategies','activations','layout'],
     ['edges','adapter'],
     ['checkpoint'],
