@@ -6,14 +6,15 @@ Docs: nbs/07_files.ipynb"""
 
 # %% auto #0
 __all__ = ['LONGEST', 'DEEPEST', 'LARGE', 'OPEN_FILES', 'user_path', 'lies_inside', 'inside', 'own_file', 'open_regular',
-           'remedy', 'read_text', 'parse_json', 'free_file', 'is_free', 'free_folder', 'atomic', 'atomic_folder',
-           'write_json', 'read_json', 'cache_dir', 'sha256', 'known_sha256', 'digest', 'InputFile']
+           'remedy', 'read_text', 'parse_json', 'csv_cells', 'free_file', 'is_free', 'free_folder', 'atomic',
+           'atomic_folder', 'write_json', 'read_json', 'cache_dir', 'sha256', 'known_sha256', 'digest', 'InputFile']
 
 # %% ../nbs/07_files.ipynb #00000003
-import errno, hashlib, json, os, re, shutil, stat, threading, time
+import csv, errno, hashlib, json, os, re, shutil, stat, threading, time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 
 # %% ../nbs/07_files.ipynb #0000h102
@@ -146,6 +147,22 @@ def _is_deep(data):
         if not level: return False
         level = [v for o in level for v in (o.values() if isinstance(o, dict) else o)]
     return True
+
+# %% ../nbs/07_files.ipynb #0000h109
+def csv_cells(
+    text:str, # CSV
+) -> tuple[list, list]: # Columns, rows of as many cells
+    "A table of texts, as it was written. Raises `ValueError` for rows that do not fit the first"
+    try: first,*rows = [o for o in csv.reader(StringIO(text, newline='')) if o]
+    except csv.Error as e: raise ValueError(f"it is no table ({e})") from e
+    except ValueError as e: raise ValueError("it has no columns") from e
+    # a spreadsheet's empty columns
+    while first and not first[-1] and not any(o[len(first)-1:len(first)]>[''] for o in rows): first.pop()
+    if len(set(first))<len(first): raise ValueError(f"it has a column twice: {', '.join(first)[:200]}")
+    n = len(first)
+    for i,o in enumerate(rows):
+        if any(o[n:]): raise ValueError(f"row {i+1} ({o[0][:60]!r}) has {len(o)} cells, the table {n} columns")
+    return first,[[*o, *['']*(n-len(o))][:n] for o in rows]
 
 # %% ../nbs/07_files.ipynb #00000007
 def free_file(

@@ -175,7 +175,9 @@ class Manifest:
         if isinstance(m, dict): m |= dict(seal=hashlib.sha256(json.dumps(m, sort_keys=True).encode()).hexdigest())
         raw = text_of(m, r)
         (d/'out/merge.json').write_bytes(raw)
-        if not verify(d/'out', all=True, n_workers=1).ok.all(): raise Refused('verify finds it')
+        try: df = verify(d/'out', all=True, n_workers=1)
+        except (ValueError, FileNotFoundError) as e: raise Refused(e) from e
+        if not df.ok.all(): raise Refused('verify finds it')
         told = json.loads(raw)
         for k in ('outputs', 'files', 'tied', 'plan_digest'): assert told[k]==state[k], f'{k} was changed and verify says nothing'
         assert {k: v['sha256'] for k,v in told['inputs'].items()}=={k: v['sha256'] for k,v in state['inputs'].items()}
