@@ -26,7 +26,7 @@ def _of_system(e):
 
 def _message(e):
     "What to say of an error"
-    if isinstance(e, MemoryError): return f"not enough memory ({e or 'none was left'}): use fewer workers (--workers 1) or a machine with more"
+    if isinstance(e, MemoryError): return f"not enough memory ({str(e) or 'none was left'}): use fewer workers (--workers 1) or a machine with more"
     if isinstance(e, RecursionError): return "something in the inputs is nested too deeply: it is damaged, or made to do harm"
     if isinstance(e, KeyError) and e.args: return e.args[0]
     if isinstance(e, OSError): return _of_system(e)
