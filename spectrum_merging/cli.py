@@ -26,7 +26,7 @@ def _of_system(e):
 
 def _message(e):
     "What to say of an error"
-    if isinstance(e, MemoryError): return f"not enough memory ({e or 'none was left'}): use fewer workers (--workers 1) or a machine with more"
+    if isinstance(e, MemoryError): return f"not enough memory ({str(e) or 'none was left'}): use fewer workers (--workers 1) or a machine with more"
     if isinstance(e, RecursionError): return "something in the inputs is nested too deeply: it is damaged, or made to do harm"
     if isinstance(e, KeyError) and e.args: return e.args[0]
     if isinstance(e, OSError): return _of_system(e)
@@ -191,13 +191,14 @@ def verify_cli(
     if given and not isinstance(given, dict): raise ValueError(f"name the inputs: NAME={given[0]}")
     df = verify(out, given or None, all=all, sample=sample, n_workers=workers)
     again = df[df.check=='made again']
-    if len(again): print(again[['tensor','rule','ok']].to_string(index=False))
+    if len(again): print(again[['tensor','rule','ok','found']].to_string(index=False))
     bad = df[~df.ok]
     if len(bad):
         raise CliError(f"{len(bad)} of {len(df)} checks failed:\n"
-            + bad[['file','tensor','check']].to_string(index=False))
+            + bad[['file','tensor','check','found']].to_string(index=False))
+    other = {k: int(again.found.str.startswith(k).sum()) for k in ('within rounding', 'cannot be proved here')}
     print(f"{out} is what it says: {len(again)} of {(df.tensor!='').sum()} tensors made again, "
-        f"all checksums and hashes agree")
+        f"all checksums and hashes agree" + ''.join(f'; {n} {k}' for k,n in other.items() if n))
 
 # %% ../nbs/95_cli.ipynb #00000013
 @call_parse

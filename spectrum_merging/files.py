@@ -6,14 +6,15 @@ Docs: nbs/07_files.ipynb"""
 
 # %% auto #0
 __all__ = ['LONGEST', 'DEEPEST', 'LARGE', 'OPEN_FILES', 'user_path', 'lies_inside', 'inside', 'own_file', 'open_regular',
-           'remedy', 'read_text', 'parse_json', 'free_file', 'is_free', 'free_folder', 'atomic', 'atomic_folder',
-           'write_json', 'read_json', 'cache_dir', 'sha256', 'known_sha256', 'digest', 'InputFile']
+           'remedy', 'read_text', 'parse_json', 'csv_cells', 'free_file', 'is_free', 'free_folder', 'atomic',
+           'atomic_folder', 'write_json', 'read_json', 'cache_dir', 'sha256', 'known_sha256', 'digest', 'InputFile']
 
 # %% ../nbs/07_files.ipynb #00000003
-import errno, hashlib, json, os, re, shutil, stat, threading, time
+import csv, errno, hashlib, json, os, re, shutil, stat, threading, time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 
 # %% ../nbs/07_files.ipynb #0000h102
@@ -49,6 +50,8 @@ def inside(
     own = Path(folder).resolve()
     text = name if isinstance(name, str) else ''
     named = bool(text) and not re.search(r'[\\\x00-\x1f\x7f\ud800-\udfff]|^/|^[A-Za-z]:|(^|/)$', text)
+    # no file system takes longer ones
+    named = named and all(len(o.encode())<256 for o in text.split('/')) and len(text)<4096
     at = Path(os.path.normpath(own/text)) if named else None
     # of names that lead upwards only those of a head to its merge are left
     if at is None or at==own or not any(at.is_relative_to(o) for o in _homes(own)):
@@ -117,6 +120,7 @@ def read_text(
 ) -> str: # Line ends as they are; without a byte-order mark
     "A text that somebody wrote. Raises `FileNotFoundError`, `ValueError` (no regular file, too long, no text)"
     with os.fdopen(open_regular(path), 'rb') as f: raw = f.read(most+1)
+    if raw is None: raise ValueError(f"{path} has nothing to read now: pass a regular file")
     if len(raw)>most: raise ValueError(f"{path} has more than {most:,} bytes, too many for what it should be: is it another file?")
     try: return raw.decode('utf-8-sig')
     except UnicodeDecodeError as e: raise ValueError(f"{path} is no text in UTF-8 ({e.reason} at byte {e.start}): download it again") from e
@@ -143,6 +147,22 @@ def _is_deep(data):
         if not level: return False
         level = [v for o in level for v in (o.values() if isinstance(o, dict) else o)]
     return True
+
+# %% ../nbs/07_files.ipynb #0000h109
+def csv_cells(
+    text:str, # CSV
+) -> tuple[list, list]: # Columns, rows of as many cells
+    "A table of texts, as it was written. Raises `ValueError` for rows that do not fit the first"
+    try: first,*rows = [o for o in csv.reader(StringIO(text, newline='')) if o]
+    except csv.Error as e: raise ValueError(f"it is no table ({e})") from e
+    except ValueError as e: raise ValueError("it has no columns") from e
+    # a spreadsheet's empty columns
+    while first and not first[-1] and not any(o[len(first)-1:len(first)]>[''] for o in rows): first.pop()
+    if len(set(first))<len(first): raise ValueError(f"it has a column twice: {', '.join(first)[:200]}")
+    n = len(first)
+    for i,o in enumerate(rows):
+        if any(o[n:]): raise ValueError(f"row {i+1} ({o[0][:60]!r}) has {len(o)} cells, the table {n} columns")
+    return first,[[*o, *['']*(n-len(o))][:n] for o in rows]
 
 # %% ../nbs/07_files.ipynb #00000007
 def free_file(

@@ -20,6 +20,7 @@ from .files import known_sha256, sha256, write_json
 from .formats import read_config
 from .heads import class_name
 from .journal import Partial, writing
+from .operations import computed_with
 from .parallel import Bar, n_cores
 from .plan import mixture
 from .preflight import out_problems
@@ -291,8 +292,9 @@ def _finish(part, plan, files, sums, sources, hashes, files_from, results, notes
     (data/'README.md').write_text(card(plan, sources, files_from, results, notes), encoding='utf-8')
     small = [o for o in sorted(data.rglob('*')) if o.is_file() and o.suffix!='.safetensors'
         and o.relative_to(data).as_posix() not in ('README.md', 'merge.json')]
+    computed = dict(computed_with=computed_with()) if (plan.table.op!='linear').any() else {}
     manifest = dict(made_by=_me, plan_digest=plan.digest, plan=plan.meta,
-        **settings, tied=tied(plan, {m: models[m] for m in plan.models}),
+        **settings, **computed, tied=tied(plan, {m: models[m] for m in plan.models}),
         inputs={m: _source(o) | dict(sha256=hashes[m]) for m,o in sources.items()},
         outputs={o.path: dict(nbytes=len(headers[o.path])+o.nbytes,
             header_sha256=hashlib.sha256(headers[o.path]).hexdigest(),

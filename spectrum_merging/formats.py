@@ -54,7 +54,7 @@ def first_bytes(
     n:int=512, # How many
 ) -> bytes:
     "The beginning of a file. Raises `ValueError` for a pipe, a device, a folder"
-    with os.fdopen(open_regular(path), 'rb') as f: return f.read(n)
+    with os.fdopen(open_regular(path), 'rb') as f: return f.read(n) or b''
 
 # %% ../nbs/09_formats.ipynb #00000008
 def is_safetensors(

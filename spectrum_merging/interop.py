@@ -46,6 +46,7 @@ def to_mergekit(
     if (odd := plan.table[plan.table.op!='linear']).size:
         raise ValueError(f"{odd.name.iloc[0]} is merged by {odd.op.iloc[0]}: a mergekit file "
             "written here can hold weighted sums only; merge with spectrum-merge")
+    if (plan.table.name=='*').any(): raise ValueError(f"{path}: a tensor is called '*', which to mergekit is every tensor: rename it")
     rows = plan.table[plan.table.name.map(task_of).isna()].to_dict('records')
     heads = sorted(head_tasks(plan.table.name))
     if heads and task not in heads:

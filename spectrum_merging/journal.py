@@ -39,8 +39,8 @@ class _Direct(threading.local):
 # Entries of 20 bytes: a merge of 10¹³ numbers needs no more, and no file of a stranger fills the memory
 JOURNAL = 1<<26 # Largest journal, in bytes
 
-_room = 'free space there and repeat the same command'
-_helps = {errno.ENOSPC: _room, getattr(errno, 'EDQUOT', -1): 'free some of your quota and repeat the same command',
+_room = 'free disk space, or choose a folder on another disk, and repeat the same command'
+_helps = {errno.ENOSPC: _room, getattr(errno, 'EDQUOT', -1): 'your quota is full: free some of it and repeat the same command',
     errno.EIO: 'the disk fails: look at it, or choose a folder on another one',
     errno.EFBIG: 'the file system or `ulimit -f` takes no larger files: pass a smaller shard_size (--shard-size)',
     errno.EMFILE: 'too many files of the result are open: pass a larger shard_size (--shard-size), or raise `ulimit -n`',

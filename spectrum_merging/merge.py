@@ -50,13 +50,23 @@ def check_out(
         raise ValueError(f"{out} cannot be the name of a new folder: give it a name of its own, of at most 240 letters")
     if landed(out): raise FileExistsError(f"{out} is complete, the merge was ended after its last step: use it")
     free_folder(out)
+    if os.path.ismount(out): raise ValueError(f"{out} is a disk of its own, which cannot be put in place: name a new folder in it")
     if bad := out_problems(out, 0): raise NotADirectoryError(f"{bad[0][1]}: {bad[0][2]}")
+    parent = next(o for o in out.parents if o.exists())
+    if not os.access(parent, os.W_OK | os.X_OK): raise PermissionError(f"{parent} cannot be written: choose a folder that you may write")
     place = out.parent.resolve()/out.name
     for o in (o.resolve() for source in inputs for o in _lies_in(source)):
         if o.is_dir() and place.is_relative_to(o):
             raise ValueError(f"{out} lies in {o}, which is read: inputs stay as they are, choose a folder outside")
         if o.is_relative_to(partial_place(place)):
             raise ValueError(f"{o} lies where an unfinished merge of {out} is kept: move it, or choose another folder")
+
+def _check_inputs(out, inputs):
+    "Raise `ValueError` for inputs that `out` lies in, or that a result cannot name"
+    check_out(out, inputs)
+    for path in (str(path) for o in inputs for path in [o.label, *o.files]):
+        if any('\ud800'<=c<='\udfff' for c in path):
+            raise ValueError(f"{ascii(path)} has a name that is no text, and a result names its inputs: rename it")
 
 # %% ../nbs/60_merge.ipynb #00000006
 def merge(
@@ -76,7 +86,7 @@ def merge(
     "Run a plan. Raises `ValueError` (`PreflightError`: does not fit), `FileExistsError`, `OSError`"
     if out is not None: check_out(out)
     models,base = name_models(models, base)
-    if out is not None: check_out(out, [*models.values(), base])
+    if out is not None: _check_inputs(out, [*models.values(), *[base]*(base is not None)])
     notes = list(dict.fromkeys([*plan.meta.get('notes', []), *beside_notes(models, base, files_from)]))
     grams = {m: Checkpoint(o) for m,o in (grams or {}).items()}
     rows = plan_rows(plan, models, base, dtype, grams)

@@ -12,12 +12,11 @@ __all__ = ['update_plan', 'mixture', 'Plan', 'unit_snrs', 'model_scans', 'Decisi
 import csv, hashlib, html, json, numpy as np, pandas as pd
 from dataclasses import dataclass
 from fastcore.basics import patch
-from io import StringIO
 from pathlib import Path
 from . import __version__, operations # whose rules add themselves
-from .files import atomic, free_file, parse_json, read_text
+from .files import atomic, csv_cells, free_file, read_text
 from .heads import task_heads
-from .preflight import guesses, name_models, preflight, row_columns
+from .preflight import guesses, name_models, plan_settings, preflight, row_columns
 from .rules import Recipe, recipe, rules
 from .edges import default_estimator
 from .strategies import check_cut, cut_value
@@ -426,33 +425,6 @@ def _number(s):
 
 _flags = {'true': True, 'false': False}
 
-def _meta(head):
-    "What the first line of a plan says. Raises `ValueError`"
-    try: meta = parse_json(head.removeprefix('#'), 'it')
-    except ValueError as e: raise ValueError(f"its first line is no JSON ({e})") from e
-    models = meta.get('models') if isinstance(meta, dict) else None
-    if not (head.startswith('#') and isinstance(models, list) and all(isinstance(o, str) for o in models)):
-        raise ValueError("its first line does not name the models")
-    if len(set(models))<len(models): raise ValueError(f"its first line names a model twice: {', '.join(models)}")
-    notes = meta.get('notes', [])
-    if not isinstance(notes, list) or not all(isinstance(o, str) for o in notes):
-        raise ValueError(f"its notes are {str(notes)[:60]!r}, no list of sentences")
-    for k in ('strategy','protocol','estimator','of','threshold','top','version'):
-        if isinstance(meta.get(k), (dict, list)): raise ValueError(f"its {k} is {str(meta[k])[:60]}, no word or number")
-    return meta
-
-def _cells(text):
-    "A CSV text as a table of texts. Raises `ValueError` for lines that do not fit the first"
-    try: first,*lines = [o for o in csv.reader(StringIO(text, newline='')) if o]
-    except csv.Error as e: raise ValueError(f"it is no table ({e})") from e
-    except ValueError as e: raise ValueError("it has no columns") from e
-    while first and not first[-1] and not any(o[len(first)-1:len(first)]>[''] for o in lines): first.pop() # a spreadsheet's empty columns
-    if len(set(first))<len(first): raise ValueError(f"it has a column twice: {', '.join(first)}")
-    n = len(first)
-    for i,o in enumerate(lines):
-        if any(o[n:]): raise ValueError(f"row {i+1} ({o[0][:60]!r}) has {len(o)} cells, the table {n} columns")
-    return pd.DataFrame([[*o, *['']*(n-len(o))][:n] for o in lines], columns=first, dtype=str)
-
 # %% ../nbs/40_plan.ipynb #00000029
 @patch(cls_method=True)
 def load(
@@ -463,8 +435,9 @@ def load(
     try:
         head,_,rest = read_text(path).partition('\n')
         if head.startswith('"#'): head = ','.join(next(csv.reader([head]))).rstrip(',')
-        meta = _meta(head)
-        table = _cells(rest)
+        meta = plan_settings(head)
+        columns,rows = csv_cells(rest)
+        table = pd.DataFrame(rows, columns=columns, dtype=str)
         for k in [o for o in table if o=='base' or o in meta['models'] or o.startswith('snr_')]:
             table[k] = table[k].map(_number)
         if 'passes' in table: # spreadsheets write TRUE

@@ -93,6 +93,7 @@ class Rule:
     flat:bool=False # Of an 'estimator': whether it reads each tensor as one matrix (shape[0], rest), as published
     gives_heads:bool=False # Of a 'repair': whether heads of its own come out
     version:int=1 # To be raised by hand when its results change, so that nobody reuses old ones
+    bound:Callable=None # Of a 'matrix' rule: takes the same, and gives how far two machines' results may be apart and why it is no proof
 
     def __post_init__(self): object.__setattr__(self, 'base', self.base or self.adds)
 

@@ -29,7 +29,7 @@ def url(tmp_path_factory):
             if 'is running at' in log.read_text() or p.poll() is not None: break
             time.sleep(.2)
         assert p.poll() is None, log.read_text()
-        yield re.search(r'http://\S+:\d+/', log.read_text())[0].replace('localhost', '127.0.0.1')
+        yield re.search(r'http://127\S+token=\S+', log.read_text())[0]
     finally:
         p.terminate()
         p.wait(20)
@@ -40,7 +40,7 @@ def page(url):
     with sync_api.sync_playwright() as pw:
         browser = pw.chromium.launch(executable_path=chrome, args=['--no-sandbox'])
         page = browser.new_page(viewport=dict(width=1100, height=900))
-        page.route('**/*', lambda r: r.continue_() if r.request.url.startswith(url) else r.abort())
+        page.route('**/*', lambda r: r.continue_() if r.request.url.startswith(url.partition('?')[0]) else r.abort())
         page.goto(url, timeout=120_000)
         page.locator('.noUi-handle').wait_for(timeout=120_000)
         page.locator('.widget-image').wait_for()

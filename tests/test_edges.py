@@ -225,7 +225,8 @@ def test_shrinkage_by_the_edge():
     error = {k: np.linalg.norm(shrink(truth+X, k)-truth) for k in ('mp','flip')}
     assert error['flip'] < .7*error['mp'] and error['flip'] < .5*np.linalg.norm(X)
     two = [truth+X, truth-X]
-    assert np.allclose(shrink_mean(two, estimator='flip'), sum(shrink(d, 'flip') for d in two))
+    exact = sum(shrink(d, 'flip') for d in two) # of which the operation has the level on a grid
+    assert np.linalg.norm(shrink_mean(two, estimator='flip')-exact) < 1e-3*np.linalg.norm(exact)
     for bad in 'dyson','paper_nlp':
         with pytest.raises(ValueError, match=f'{bad} has no edge'): shrink(X, bad)
     assert recipe('shrink_mean(estimator=flip)').text=='shrink_mean(estimator=flip)'

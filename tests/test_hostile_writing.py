@@ -102,6 +102,22 @@ def test_out_of_place(models, tmp_path):
         merge(plan, models | dict(a=tmp_path/'.out.partial/data'), out=tmp_path/'out')
     assert files(tmp_path)==before and sorted(o.name for o in (tmp_path/'a').iterdir())==['config.json','model.safetensors']
 
+def test_out_where_a_disk_begins(models, tmp_path, monkeypatch):
+    (tmp_path/'disk').mkdir()
+    monkeypatch.setattr(os.path, 'ismount', lambda o: str(o)==str(tmp_path/'disk'))
+    with pytest.raises(ValueError, match='a disk of its own'): merge(make_plan('standard', models), models, out=tmp_path/'disk')
+    monkeypatch.setattr(os, 'access', lambda o, how: False)
+    with pytest.raises(PermissionError, match='cannot be written: choose'): merge(make_plan('standard', models), models, out=tmp_path/'out')
+
+def test_input_whose_name_is_no_text(models, tmp_path):
+    "What a manifest could not name is refused before any work"
+    odd = tmp_path/os.fsdecode(b'm\xff')
+    try: shutil.copytree(models['a'], odd)
+    except OSError: pytest.skip('no such names here')
+    given = models | dict(a=odd)
+    with pytest.raises(ValueError, match=r"m\\udcff.*rename it"): merge(make_plan('standard', given), given, out=tmp_path/'out')
+    assert not (tmp_path/'out').exists()
+
 def test_beside_a_file_is_fine(models, tmp_path):
     "A file is an input, not all that lies in its folder"
     one = {k: v/'model.safetensors' for k,v in models.items()}
@@ -302,6 +318,16 @@ def test_index_that_leads_elsewhere(where, out):
     f.write_text(json.dumps(told))
     sealed(out, lambda m: m['files'].update({f.name: hashlib.sha256(f.read_bytes()).hexdigest()}))
     assert (f.name, 'index') in bad(out)
+
+@pytest.mark.parametrize('at', ['', 'heads/a/', 'heads/b/'])
+def test_index_that_leaves_out(at, out):
+    "What an index does not lead to would be made up at random"
+    f = out/at/'model.safetensors.index.json'
+    told = json.loads(f.read_text())
+    for k in list(told['weight_map']):
+        f.write_text(json.dumps(dict(weight_map={o: v for o,v in told['weight_map'].items() if o!=k})))
+        sealed(out, lambda m: m['files'].update({f'{at}{f.name}': hashlib.sha256(f.read_bytes()).hexdigest()}))
+        assert bad(out)=={(f'{at}{f.name}', 'index')}
 
 def test_ties_come_from_the_models(models, tmp_path):
     "A tensor that a manifest calls tied is missed all the same"

@@ -9,6 +9,7 @@ from spectrum_merging.cli import merge_cli
 from spectrum_merging.edges import measure
 from spectrum_merging.interop import to_mergekit
 from spectrum_merging.merge import load_task, merge
+from spectrum_merging.factors import gram_svd, polar
 from spectrum_merging.operations import *
 from spectrum_merging.plan import Plan, make_plan, mixture, tensor_name
 from spectrum_merging.preflight import PreflightError

@@ -447,7 +447,9 @@ def test_hub_revision(tmp_path, monkeypatch):
     told = json.loads((out/'merge.json').read_text())['inputs']
     assert told['a']['source']=='org/a@'+'ab'*20
     assert 'org/a' in (out/'README.md').read_text() and set(asked)=={'main'}
-    assert verify(out).ok.all() and asked[-1]=='ab'*20
+    n = len(asked)
+    with pytest.raises(FileNotFoundError, match='a is not at .*hub id'): verify(out) # the hub is asked where the user says so
+    assert len(asked)==n and verify(out, {k: told[k]['source'] for k in 'ab'}).ok.all() and asked[-1]=='ab'*20
 
 # --- what a folder says of itself
 
@@ -497,7 +499,7 @@ def test_verify_command(tmp_path):
     assert '6 of 6 tensors made again' in good.stdout
     shutil.move(models['a'], tmp_path/'moved')
     gone = run(out)
-    assert gone.returncode and 'a is no longer at' in gone.stderr
+    assert gone.returncode and 'a is not at' in gone.stderr
     assert run(out, f"a={tmp_path/'moved'}").returncode==0
     spoil(out/'model.safetensors', 5000, b'\x12\x34')
     bad = run(out, f"a={tmp_path/'moved'}")
