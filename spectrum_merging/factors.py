@@ -110,6 +110,7 @@ def distance(
     high += low
     return slack*np.linalg.norm(high)+off+2.**-53*np.linalg.norm(c)
 
+# %% ../nbs/33_factors.ipynb #f1ff0005
 # LAPACK calls an entry of a bidiagonal matrix 0 when it is below 90 u of its neighbours, and is thus off by up to 90 u in each of
 # two residuals where one such entry is left, whatever the size; rounding by up to 5 √(m+n) u, and by 30 through the Gram where
 # the weakest kept is 300 times weaker than the first (from 2 × 3 to 768 × 768 and 256 × 4,096, on three kernels).

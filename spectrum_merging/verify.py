@@ -105,6 +105,7 @@ def _near_row(row, sources, opened):
         count += int((apart!=0).sum())
         if (worst := apart.max(initial=0)) >= ulps: ulps,most = worst,may[apart==worst].min()
         fits = fits and bool(fine.all())
+        if not why and np.median(may) >= 1/number_types[dtype].eps: why = 'the bound is as large as a typical value'
         if why: whys.append(why)
     said = f'{count} of {row.info.numel} values, at most {ulps:.0f} ulp, bound {most:.0f}'
     if not fits: return False,f'differs ({said})'
