@@ -187,4 +187,6 @@ def verify(
     if not [o for o in res if o[3]=='header' and not o[4]]:
         res += _tensor_checks(plan, rows, files, out, sources, told, None if all else sample,
             n_workers)
-    return pd.DataFrame(res, columns=['file','tensor','rule','check','ok','found'])
+    res = pd.DataFrame(res, columns=['file','tensor','rule','check','ok','found'])
+    res.attrs['computed_with'] = told.get('computed_with')
+    return res
