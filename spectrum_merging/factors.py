@@ -134,8 +134,7 @@ def _svds(d):
 
 def _skew(q):
     "`qᵀq` less the identity, and what it may be off by: two thirds of the work of `products`"
-    n = len(q)
-    a,b = _halves(q, (53-int(np.ceil(np.log2(max(1, n)))))//2)
+    a,b,n = *_halves(q, (53-int(np.ceil(np.log2(max(1, len(q))))))//2),len(q)
     res,low = a.T@a,a.T@b
     res[np.diag_indices(len(res))] -= 1
     res += low+low.T+b.T@b

@@ -142,7 +142,7 @@ def test_flipped_bits(long):
                 assert word_sum(after)!=whole # the checksum in the manifest
                 with np.errstate(all='ignore'): far = abs(widen(bad, dtype)-x[at])[0]
                 refused = not compare(bad, x[at:at+1], most, dtype)[0][0]
-                step = np.spacing(np.float32(x[at]))*2.**(23-number_types[dtype].mantissa)
+                step = np.spacing(np.float32(abs(x[at])))*2.**(23-number_types[dtype].mantissa)
                 # above the bound and what rounding to the stored type adds, each is refused; zeros have a sign, which is no distance
                 if not far <= most+1e-15*abs(x[at])+step: assert refused, (op, dtype, part, bit, far, most)
                 seen[part].append(refused)
