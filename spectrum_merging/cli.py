@@ -186,12 +186,17 @@ def verify_cli(
     workers:int=None, # Threads; by default one per core
 ):
     "Whether a merged folder is what it says: hash inputs, make tensors again, compare every bit"
+    from spectrum_merging.operations import computed_with
     from spectrum_merging.verify import verify
     given = _named(models or [])
     if given and not isinstance(given, dict): raise ValueError(f"name the inputs: NAME={given[0]}")
     df = verify(out, given or None, all=all, sample=sample, n_workers=workers)
     again = df[df.check=='made again']
     if len(again): print(again[['tensor','rule','ok','found']].to_string(index=False))
+    there,here = df.attrs['computed_with'],computed_with()
+    if there and there!=here:
+        print(f"merged with {there}, made again with {here}; what is proved is the plan in the folder: SNRs that are "
+            'measured here may differ from its SNRs in their last digits')
     bad = df[~df.ok]
     if len(bad):
         raise CliError(f"{len(bad)} of {len(df)} checks failed:\n"

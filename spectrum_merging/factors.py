@@ -110,6 +110,7 @@ def distance(
     high += low
     return slack*np.linalg.norm(high)+off+2.**-53*np.linalg.norm(c)
 
+# %% ../nbs/33_factors.ipynb #f1ff0005
 # LAPACK calls an entry of a bidiagonal matrix 0 when it is below 90 u of its neighbours, and is thus off by up to 90 u in each of
 # two residuals where one such entry is left, whatever the size; rounding by up to 5 √(m+n) u, and by 30 through the Gram where
 # the weakest kept is 300 times weaker than the first (from 2 × 3 to 768 × 768 and 256 × 4,096, on three kernels).
@@ -133,8 +134,7 @@ def _svds(d):
 
 def _skew(q):
     "`qᵀq` less the identity, and what it may be off by: two thirds of the work of `products`"
-    n = len(q)
-    a,b = _halves(q, (53-int(np.ceil(np.log2(max(1, n)))))//2)
+    a,b,n = *_halves(q, (53-int(np.ceil(np.log2(max(1, len(q))))))//2),len(q)
     res,low = a.T@a,a.T@b
     res[np.diag_indices(len(res))] -= 1
     res += low+low.T+b.T@b

@@ -279,6 +279,7 @@ def _shrunk(d, k, step, unit):
     u,s,v = gram_svd(d, k)
     return (u*_shrunk_by(d, step, unit)[1](s))@v
 
+# %% ../nbs/35_operations.ipynb #00000043
 def _shrink_bound(updates, estimator='mp'):
     off = 0.
     for d in map(_f64, updates):

@@ -178,6 +178,7 @@ def _near_row(row, sources, opened):
         count += int((apart!=0).sum())
         if (worst := apart.max(initial=0)) >= ulps: ulps,most = worst,may[apart==worst].min()
         fits = fits and bool(fine.all())
+        if not why and np.median(may) >= 1/number_types[dtype].eps: why = 'the bound is as large as a typical value'
         if why: whys.append(why)
     said = f'{count} of {row.info.numel} values, at most {ulps:.0f} ulp, bound {most:.0f}'
     if not fits: return False,f'differs ({said})'
@@ -265,4 +266,6 @@ def verify(
         try: res += _tensor_checks(plan, rows, files, out, sources, told, None if all else sample, n_workers)
         except ValueError:
             if min(o[4] for o in res): raise
-    return pd.DataFrame(res, columns=['file','tensor','rule','check','ok','found'])
+    res = pd.DataFrame(res, columns=['file','tensor','rule','check','ok','found'])
+    res.attrs['computed_with'] = told.get('computed_with')
+    return res
