@@ -204,7 +204,7 @@ def _update(module, found, entries, base, config, label, turned, scale):
 def _scale(config, module):
     rank = _by_pattern(config, 'rank_pattern', module, config.get('r', 8))
     alpha = _by_pattern(config, 'alpha_pattern', module, config.get('lora_alpha', 8))
-    if not rank or rank<0: raise ValueError(f"rank {rank} of {module} is no rank")
+    if not rank or rank<0: raise ValueError(f"adapter_config.json gives {module} the rank {rank}, which is none: save the adapter again")
     return alpha/sqrt(rank) if config.get('use_rslora') else alpha/rank
 
 # %% ../nbs/11_adapter.ipynb #0000000f

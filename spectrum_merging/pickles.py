@@ -18,16 +18,20 @@ from .stored import Held, Stored, check_name, hold
 
 # %% ../nbs/09_pickles.ipynb #00000005
 def _records(path):
-    "`{first byte: number of bytes}` of what a zip holds as it is; None where PyTorch could not map it"
-    res = {}
+    "`{first byte: number of bytes}` of what a zip holds as it is; None where PyTorch could not map it. Raises `ValueError`"
+    res,lost = {},None
     try:
         with os.fdopen(open_regular(path), 'rb') as f, zipfile.ZipFile(f) as z:
             for o in z.infolist():
                 if o.compress_type: return None
                 f.seek(o.header_offset+26)
-                res[o.header_offset+30+sum(struct.unpack('<HH', f.read(4)))] = o.file_size
+                n,more = struct.unpack('<HH', f.read(4))
+                # PyTorch reads where the directory points to, whatever lies there
+                if f.read(n)!=o.orig_filename.encode(): lost = o.filename
+                res[o.header_offset+30+n+more] = o.file_size
                 if o.filename.endswith('/byteorder') and z.read(o).decode()!=sys.byteorder: return None
     except Exception: return None # a file of before PyTorch 1.6, or damaged: its own reader says which
+    if lost: raise ValueError(f"{path} is a damaged PyTorch file ({lost!r} is not where it should be): download or export it again")
     return res
 
 def _mappings(path):

@@ -85,6 +85,9 @@ def _head(text):
     except RecursionError as e: raise ValueError("its header is nested too deeply") from e
     if not isinstance(head, dict): raise ValueError("its header is no table")
     for k in head: check_name(k)
+    if b'\\ud' in text.lower():
+        try: json.dumps(head, ensure_ascii=False).encode()
+        except UnicodeEncodeError as e: raise ValueError(f"its header holds {e.object[e.start]!r}, half a character") from e
     meta = head.pop('__metadata__', None)
     if meta is None: meta = {}
     if not isinstance(meta, dict) or not all(isinstance(o, str) for o in meta.values()):
