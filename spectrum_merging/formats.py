@@ -336,6 +336,6 @@ def against_class(
     names, # Of its tensors
 ) -> tuple[list, list]: # Weights of the class that are not among `names`; `names` that the class has not
     "What `transformers` would make up at random, and what it would not use; two empty lists where it has no such class"
-    p = subprocess.run([sys.executable, '-c', _asked_of_class], input=json.dumps([config, [*names]]), capture_output=True, text=True)
+    p = subprocess.run([sys.executable, '-P', '-c', _asked_of_class], input=json.dumps([config, [*names]]), capture_output=True, text=True)
     found = p.stdout.strip().splitlines()[-1:]
     return tuple(json.loads(found[0])) if not p.returncode and found else ([], [])

@@ -648,7 +648,7 @@ def test_out_is_not_overwritten(folders, tmp_path):
     ('os.posix_fallocate',1), ('os.posix_fallocate',2), ('shutil.copyfile',1), ('os.rename',1),
     ('os.fsync',1), ('os.fsync',4)])
 def test_out_is_atomic(folders, tmp_path, monkeypatch, where, call):
-    "A failure half-way leaves nothing behind, and the inputs as they were"
+    "A failure half-way leaves the inputs as they were, no result, and nothing behind but finished work, from which the next goes on"
     import os, shutil
     mod,name = where.split('.')
     real,plan,calls = getattr(dict(os=os, shutil=shutil)[mod], name),make_plan('standard', folders),[]
@@ -659,7 +659,11 @@ def test_out_is_atomic(folders, tmp_path, monkeypatch, where, call):
     monkeypatch.setattr(where, fails_in_time)
     with pytest.raises(OSError, match='disk full'): merge(plan, folders, out=tmp_path/'new/out')
     monkeypatch.undo()
-    assert {o: o.is_file() and o.read_bytes() for o in tmp_path.rglob('*')}==before
+    kept = tmp_path/'new'
+    assert {o: o.is_file() and o.read_bytes() for o in tmp_path.rglob('*') if not o.is_relative_to(kept)}==before
+    assert not (kept/'out').exists() and kept.exists()==(where in ('shutil.copyfile', 'os.rename'))
+    merge(plan, folders, out=kept/'out')
+    assert [o.name for o in kept.iterdir()]==['out']
 
 def test_out_takes_files_of_its_models_only(tmp_path, monkeypatch):
     "A folder that happens to be called like the class of a model in memory is none of them"
