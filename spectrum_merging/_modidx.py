@@ -499,6 +499,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'spectrum_merging.formats.foreign': ('formats.html#foreign', 'spectrum_merging/formats.py'),
                                           'spectrum_merging.formats.foreign_folder': ( 'formats.html#foreign_folder',
                                                                                        'spectrum_merging/formats.py'),
+                                          'spectrum_merging.formats.in_cache': ('formats.html#in_cache', 'spectrum_merging/formats.py'),
                                           'spectrum_merging.formats.is_pickle': ('formats.html#is_pickle', 'spectrum_merging/formats.py'),
                                           'spectrum_merging.formats.is_safetensors': ( 'formats.html#is_safetensors',
                                                                                        'spectrum_merging/formats.py'),

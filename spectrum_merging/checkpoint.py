@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from .adapter import adapted, adapted_config, looks_adapted, prefix_lost, read_adapter
 from .files import inside, own_file, parse_json, read_text, user_path
-from .formats import (against_class, downloaded, first_bytes, foreign, foreign_folder, is_safetensors, is_training_state,
+from .formats import (against_class, downloaded, first_bytes, foreign, foreign_folder, is_safetensors, in_cache, is_training_state,
     placeholders, read_config, tied_names, weight_folders)
 from .pickles import open_pickle
 from .quantised import dequantised
@@ -108,8 +108,8 @@ def _open_path(src, hub):
     if isinstance(src, Path) or len(p.parts)!=2 or str(src).startswith(('/','.','~')):
         raise FileNotFoundError(f"{src} does not exist: pass a .safetensors file, "
             "a folder that holds one, or a hub id like 'org/name'")
-    if not hub: raise FileNotFoundError(f"{src} is not here, and the hub is not asked: {_ask}")
-    folder = downloaded(str(src))
+    folder = downloaded(str(src)) if hub else in_cache(str(src))
+    if folder is None: raise FileNotFoundError(f"{src} is not here, and the hub is not asked: {_ask}")
     return *_open_model(folder),folder
 
 # What to do where a model would have to be downloaded and nobody said so

@@ -6,8 +6,8 @@ Docs: nbs/09_formats.ipynb"""
 
 # %% auto #0
 __all__ = ['first_bytes', 'is_safetensors', 'is_pickle', 'foreign', 'foreign_folder', 'is_training_state', 'placeholders',
-           'downloaded', 'state_in', 'read_config', 'weight_folders', 'tied_names', 'meta_model', 'name_changes',
-           'loaded_names', 'against_class']
+           'in_cache', 'downloaded', 'state_in', 'read_config', 'weight_folders', 'tied_names', 'meta_model',
+           'name_changes', 'loaded_names', 'against_class']
 
 # %% ../nbs/09_formats.ipynb #00000003
 import json, os, re, subprocess, sys, zipfile
@@ -154,6 +154,17 @@ def placeholders(
             "or put the shares together with accelerate merge-weights")
 
 # %% ../nbs/09_formats.ipynb #0000f0c2
+def in_cache(
+    src:str, # 'org/name' or 'org/name@revision'
+) -> Path: # None where it is not there
+    "Folder of a hub repository that was downloaded before; nothing is asked of the hub"
+    from huggingface_hub import try_to_load_from_cache
+    repo,_,revision = src.partition('@')
+    weights = [f'{o}{i}' for o in ('model.safetensors', 'pytorch_model.bin') for i in ('', '.index.json')]
+    try: found = [try_to_load_from_cache(repo, o, revision=revision or None) for o in weights]
+    except ValueError: return None # no name of a repository
+    return next((Path(o).parent for o in found if isinstance(o, str)), None)
+
 def downloaded(
     src:str, # 'org/name' or 'org/name@revision'
 ) -> Path: # In the hub's cache
