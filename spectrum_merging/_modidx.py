@@ -230,6 +230,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'spectrum_merging/checkpoint.py'),
                                              'spectrum_merging.checkpoint.Checkpoint.update': ( 'checkpoint.html#checkpoint.update',
                                                                                                 'spectrum_merging/checkpoint.py'),
+                                             'spectrum_merging.checkpoint.Checkpoint.with_entries': ( 'checkpoint.html#checkpoint.with_entries',
+                                                                                                      'spectrum_merging/checkpoint.py'),
                                              'spectrum_merging.checkpoint._is_module': ( 'checkpoint.html#_is_module',
                                                                                          'spectrum_merging/checkpoint.py'),
                                              'spectrum_merging.checkpoint._open_folder': ( 'checkpoint.html#_open_folder',

@@ -237,24 +237,31 @@ def _of_class(self:Checkpoint, before):
     if lost: raise ValueError(f"{self.label} and its base lack {', '.join(lost[:3])}, which {now} has: these were random when the adapter "
         "was trained, and PEFT did not keep them; train it with modules_to_save naming them, or on a base that holds them")
     if not extra: return
-    self.base = Checkpoint(self.base)
-    self.base.__dict__.pop('infos', None)
-    for o in (self, self.base):
-        o._entries = {k: v for k,v in o._entries.items() if k not in extra}
-        o.aliases = {k: v for k,v in o.aliases.items() if k not in extra and v not in extra}
+    def kept(o): return ({k: v for k,v in o._entries.items() if k not in extra},
+        {k: v for k,v in o.aliases.items() if k not in extra and v not in extra})
+    self._entries,self.aliases = kept(self)
+    self.base = self.base.with_entries(*kept(self.base))
     self.notes = [*self.notes, f"{self.label}: {', '.join(extra[:3])}{' …' if len(extra)>3 else ''} of the base left out, {now} has no such"]
 
 # %% ../nbs/10_checkpoint.ipynb #ada00003
+@patch
+def with_entries(self:Checkpoint,
+    entries:dict, # `{name: entry}`
+    aliases:dict, # Tied tensors among them
+) -> Checkpoint:
+    "The same model with other tensors"
+    res = Checkpoint(self)
+    res.__dict__.pop('infos', None)
+    res._entries,res.aliases = entries,aliases
+    return res
+
 @patch
 def renamed(self:Checkpoint,
     names:dict, # `{name: new name}`; others stay
 ) -> Checkpoint: # Reads the same files
     "The same tensors by other names"
-    res = Checkpoint(self)
-    res.__dict__.pop('infos', None)
-    res._entries = {names.get(k, k): v for k,v in self._entries.items()}
-    res.aliases = {names.get(k, k): names.get(v, v) for k,v in self.aliases.items()}
-    return res
+    return self.with_entries({names.get(k, k): v for k,v in self._entries.items()},
+        {names.get(k, k): names.get(v, v) for k,v in self.aliases.items()})
 
 @patch
 def update(self:Checkpoint,

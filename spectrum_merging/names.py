@@ -169,9 +169,8 @@ def _follows(name, ckpt, first_name, first, known):
             f"that of {first_name} is kept ({a.dtype} {a.shape})")
     aliases = {k: v for k,v in ckpt.aliases.items() if k in entries or k not in ckpt}
     if not notes: return ckpt
-    res = Checkpoint(ckpt)
-    res.__dict__.pop('infos', None)
-    res._entries,res.aliases,res.notes = entries,aliases,[*ckpt.notes, *notes]
+    res = ckpt.with_entries(entries, aliases)
+    res.notes = [*ckpt.notes, *notes]
     return res
 
 # %% ../nbs/36_names.ipynb #00000011
