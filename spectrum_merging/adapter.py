@@ -9,6 +9,7 @@ __all__ = ['read_adapter', 'looks_adapted', 'prefix_lost', 'adapted_config', 'st
 
 # %% ../nbs/11_adapter.ipynb #00000003
 import re
+from functools import lru_cache
 from math import prod, sqrt
 from pathlib import Path
 from .arithmetic import number_types
@@ -53,6 +54,7 @@ def read_adapter(
         if not isinstance(config.get(k), (kind, type(None))): raise ValueError(f"{file}: {k} is {config[k]!r:.60}, no {kind.__name__}")
     return config
 
+@lru_cache(1000)
 def _compiled(text, file):
     "As PEFT reads the keys of its tables: the end of a module's name"
     try: ends = pattern(text)

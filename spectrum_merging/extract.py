@@ -107,7 +107,7 @@ def _kinds(config, names):
     built = meta_model(config) if config else None
     if built is None: return {k: (k, None) for k in names},set()
     built.tie_weights()
-    inside = loaded_names(names, config)
+    inside = loaded_names(names, config, built)
     kinds = {k: type(o).__name__ for k,o in built.named_modules()}
     ends = [getattr(o(), 'weight', None) for o in (built.get_input_embeddings, built.get_output_embeddings)]
     tied = {k for k,p in built.named_parameters(remove_duplicate=False) if ends[0] is not None and ends[0] is ends[1] and p is ends[0]}

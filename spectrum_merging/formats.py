@@ -308,10 +308,12 @@ def meta_model(
 
 def name_changes(
     config:dict, # config.json of a model
+    built=None, # The same as a model, where it was made before; `meta_model(config)`
 ) -> list: # Of `WeightRenaming` and `WeightConverter` of transformers
     "What `transformers` does to names of this class of model, or of its type where it cannot be made"
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
-    if (built := meta_model(config)) is not None: return get_model_conversion_mapping(built)
+    if built is None: built = meta_model(config)
+    if built is not None: return get_model_conversion_mapping(built)
     asked = (config.get('architectures') or [None])[0],config.get('model_type')
     known = next((o for k in asked if isinstance(k, str) and (o := get_checkpoint_conversion_mapping(k))), None) or []
     return [*known, *get_checkpoint_conversion_mapping('legacy')]
@@ -319,10 +321,11 @@ def name_changes(
 def loaded_names(
     names, # Of a model's tensors
     config:dict, # Its `config.json`
+    built=None, # The same as a model, where it was made before
 ) -> dict: # `{name: name under which transformers loads it}`; no two are the same
     "Names as the installed `transformers` has them"
     from transformers.core_model_loading import WeightRenaming, apply_renamings, dot_natural_key
-    steps = [o for o in name_changes(config) if isinstance(o, WeightRenaming)]
+    steps = [o for o in name_changes(config, built) if isinstance(o, WeightRenaming)]
     res = {k: apply_renamings(k, steps) for k in sorted(names, key=dot_natural_key)}
     return res if len(set(res.values()))==len(res) else {k: k for k in names}
 
@@ -332,9 +335,10 @@ _asked_of_class = """import json, sys
 from spectrum_merging.formats import loaded_names, meta_model
 config,names = json.load(sys.stdin)
 built = meta_model(config)
-if built is not None:
+if built is None: print('[[], []]')
+else:
     built.tie_weights()
-    new,held = loaded_names(names, config),dict(built.named_parameters(remove_duplicate=False))
+    new,held = loaded_names(names, config, built),dict(built.named_parameters(remove_duplicate=False))
     there = {*new.values()}
     shared = {id(p) for k,p in held.items() if k in there}
     lost = [k for k,p in held.items() if id(p) not in shared]
@@ -346,7 +350,9 @@ def against_class(
     config:dict, # config.json of a model
     names, # Of its tensors
 ) -> tuple[list, list]: # Weights of the class that are not among `names`; `names` that the class has not
-    "What `transformers` would make up at random, and what it would not use; two empty lists where it has no such class"
+    "What `transformers` would make up at random, and what it would not use; two empty lists where it has no such class. Raises `RuntimeError` where it could not be asked"
     p = subprocess.run([sys.executable, '-P', '-c', _asked_of_class], input=json.dumps([config, [*names]]), capture_output=True, text=True)
     found = p.stdout.strip().splitlines()[-1:]
-    return tuple(json.loads(found[0])) if not p.returncode and found else ([], [])
+    if p.returncode or not found: raise RuntimeError(f"transformers could not be asked what {config.get('architectures')} holds "
+        f"({' '.join(p.stderr.split())[-200:] or f'exit {p.returncode}'}); see whether `import transformers` works here")
+    return tuple(json.loads(found[0]))

@@ -96,9 +96,9 @@ def _joined(mine, theirs, config):
     "A pair of names of which transformers makes one by joining or splitting tensors, or None"
     from transformers.core_model_loading import WeightConverter, apply_converters
     steps = [o for o in name_changes(config) if isinstance(o, WeightConverter)]
-    for k in mine:
+    for k in sorted(mine):
         made,how = apply_converters(k, steps)
-        hit = next((o for o in theirs if o.startswith(made)), None) if how is not None and made!=k else None
+        hit = next((o for o in sorted(theirs) if o.startswith(made)), None) if how is not None and made!=k else None
         if hit: return k,hit
 
 def _renamed(name, ckpt, first_name, first, configs):
