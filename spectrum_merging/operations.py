@@ -308,7 +308,10 @@ def shrink_mean(
 # %% ../nbs/35_operations.ipynb #00000022
 def _floor(d, n):
     "Size of the n-th largest entry"
-    return np.partition(abs(d), d.size-n, None)[d.size-n] if n and d.size else np.inf
+    if not n or not d.size: return np.inf
+    sizes = abs(d).ravel()
+    sizes.partition(d.size-n)
+    return sizes[d.size-n]
 
 _trim = Each(_part)
 
@@ -322,7 +325,15 @@ def ties(
     ds = list(map(_f64, updates))
     if trim is None: counts = [max(1, round(d.size*density)) for d in ds]
     else: counts = [round(d.size*p) for d,p in zip(ds, _trim.numbers(trim, len(ds), 'trim'))]
-    kept = np.stack([np.where(abs(d)>=_floor(d, n), d, 0) for d,n in zip(ds, counts)])
+    floors = [_floor(d, n) for d,n in zip(ds, counts)]
+    # Half a million numbers at a time: temporary arrays of a whole matrix would take ten times its room
+    ends = np.linspace(0, ds[0].size, 1+-(-ds[0].size//(1<<19))).astype(int)
+    res = np.zeros(ds[0].shape)
+    for i,j in zip(ends, ends[1:]): res.reshape(-1)[i:j] = _elected([d.reshape(-1)[i:j] for d in ds], floors)
+    return res
+
+def _elected(parts, floors):
+    kept = np.stack([np.where(abs(d)>=f, d, 0) for d,f in zip(parts, floors)])
     agree = (np.sign(kept)==np.sign(kept.sum(0))) & (kept!=0)
     return (kept*agree).sum(0)/agree.sum(0).clip(min=1)
 
@@ -397,7 +408,11 @@ def _inputs(r, weights, base, coefs, grams):
     if r.asks('grams') and grams is None:
         raise ValueError(f"{r.name} needs the moments of each model's inputs: pass grams=")
     given = dict(weights=list(map(_flat, weights)), coefs=coefs, grams=grams)
-    return given | (dict(updates=[c*(w-_flat(base)) for c,w in zip(coefs, given['weights'])]) if r.adds else {})
+    return given | (dict(updates=[_update(c, w, _flat(base)) for c,w in zip(coefs, given['weights'])]) if r.adds else {})
+
+def _update(c, w, base):
+    res = w-base
+    return np.multiply(c, res, out=res)
 
 def run_operation(
     what:Recipe, # Of a rule of kind 'matrix'
