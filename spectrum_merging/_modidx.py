@@ -399,6 +399,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'spectrum_merging.extract.summary': ('extract.html#summary', 'spectrum_merging/extract.py')},
             'spectrum_merging.factors': { 'spectrum_merging.factors._halves': ('factors.html#_halves', 'spectrum_merging/factors.py'),
                                           'spectrum_merging.factors._missed': ('factors.html#_missed', 'spectrum_merging/factors.py'),
+                                          'spectrum_merging.factors._seems': ('factors.html#_seems', 'spectrum_merging/factors.py'),
                                           'spectrum_merging.factors._series': ('factors.html#_series', 'spectrum_merging/factors.py'),
                                           'spectrum_merging.factors._skew': ('factors.html#_skew', 'spectrum_merging/factors.py'),
                                           'spectrum_merging.factors._svds': ('factors.html#_svds', 'spectrum_merging/factors.py'),

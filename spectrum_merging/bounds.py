@@ -49,7 +49,7 @@ def cut(
     if d.shape[0]>d.shape[1]:
         o = cut(d.T, k, given, least)
         return Cut(o.v.T, o.s, o.u.T, o.error, o.gap, (o.out[2].T, o.out[1], o.out[0].T))
-    u,s,v = gram_svd(d)
+    u,s,v = gram_svd(d, proved=True)
     own,least = 4*svd_standard(d),max(least, 1e-7*s[0] if len(s) else 0.)
     error,most = own+given,len(d) if k is None else min(k, len(d))
     r = min(most, int((s > least).sum()))
@@ -90,7 +90,7 @@ def shrunk_bound(
     kept, # Function: singular values to shrunken ones, concave above the edge
 ) -> float: # Of the difference of two machines' results, for any entry
     "For a matrix with shrunken singular values. Raises `Unproved`"
-    s,error = gram_svd(d, k)[1],4*svd_standard(d)
+    s,error = gram_svd(d, k, proved=True)[1],4*svd_standard(d)
     if (abs(s-edge) <= 2*error).any() or not edge > 1e-6*s.max(initial=0):
         raise Unproved(f"a direction is at the noise edge ({edge:.9g})")
     if not (s > edge).any(): return 0.
@@ -209,10 +209,10 @@ def ridge_bound(
         A = X.T@X+ridge*np.eye(n)
         B = sum(d@(d.T@d)/o**2+ridge*back*d for d,o in zip(ds, sizes))
         off_B = gamma(m+n+8+len(ds))*(1+ridge*back)*sum(sizes)*slack
-        return 2*solved_error(A, solve(A, B.T), ridge, gamma(len(X)+4)*(square+ridge), off_B)
+        return 2*solved_error(A, solve(A, B.T, True), ridge, gamma(len(X)+4)*(square+ridge), off_B)
     A = X@X.T+ridge*np.eye(len(X))
     C = np.concatenate([d@d.T/o+ridge*back*o*np.eye(m) for d,o in zip(ds, sizes)], 1)
-    W = solve(A, X)
+    W = solve(A, X, True)
     off_W = solved_error(A, W, ridge, gamma(n+4)*(square+ridge))
     off_C = gamma(n+6)*slack*sqrt(sum((o+ridge*back*o)**2 for o in sizes))
     size = np.linalg.norm(C)

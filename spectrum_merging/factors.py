@@ -140,38 +140,50 @@ def _skew(q):
     res += low+low.T+b.T@b
     return res,slack*gamma(n+6)*np.linalg.norm(b)*(2*np.linalg.norm(a)+np.linalg.norm(b))
 
-def _missed(d, u, s, v, right=None):
-    "How far triples are from singular ones; `right`: how far `s*v` is from `uᵀd`, where that is known"
-    if right is None: right = distance(u.T, d, s[:,None]*v)
-    A,off = _skew(u)
+def _missed(d, u, s, v):
+    "How far triples are from singular ones at most"
+    right,(A,off) = distance(u.T, d, s[:,None]*v),_skew(u)
     left = np.linalg.norm(A*s)+off*s.max(initial=0)
     if len(s)<len(d): return distance(d, v.T, u*s)+left+right
     # where no direction is left out, right vectors that are orthonormal say the same with less work
     B,off = _skew(v.T)
     return np.linalg.norm(s[:,None]*B)+off*s.max(initial=0)+left+right
 
+# Eight directions estimate the norm of what is left to a third, which the standard has room for.
+_probes = 8
+
+def _seems(d, u, s, v):
+    "The same as a few fixed directions show it, for a hundredth of the work"
+    rng = np.random.default_rng(0)
+    x,z = (rng.choice([-1., 1.], (n, _probes)) for n in (len(s), d.shape[1]))
+    part = s[:,None]*x
+    left = u.T@(u@part)-part,u.T@(d@z)-s[:,None]*(v@z),d@(v.T@x)-u@part
+    return sum(map(np.linalg.norm, left))/sqrt(_probes)
+
 def gram_svd(
     d:np.ndarray, # (m, n) matrix
     k:int=None, # How many singular triples at most; all by default
+    proved:bool=False, # Whether all of what is left is measured, and not what a few directions show
 ) -> tuple: # (m, r), (r,), (r, n): left vectors, singular values falling, right vectors
     "Thin SVD through the fp64 Gram of the small side; null directions (below 1e-7 of the top) left out. Raises `ValueError`"
     d = np.asarray(d, 'f8')
     if d.shape[0]>d.shape[1]:
-        u,s,v = gram_svd(d.T, k)
+        u,s,v = gram_svd(d.T, k, proved)
         return v.T,s,u.T
-    e,q = (o[...,::-1][...,:k] for o in np.linalg.eigh(d@d.T))
+    off,most = _missed if proved else _seems,svd_standard(d)
+    q = np.linalg.eigh(d@d.T)[1][:,::-1][:,:k]
+    b = q.T@d
+    s = np.linalg.norm(b, axis=1) # exact to 1e-16 of the top, roots of eigenvalues to 1e-8 only
+    keep = s > s[:1]*1e-7
     # their error grows with the condition: beyond a thousand it misses the standard
-    if len(e) and e[-1] > e[0]*1e-6:
-        high,low,off = products(q.T, d)
-        b = high+low
-        s = np.linalg.norm(b, axis=1) # exact to 1e-16 of the top, roots of eigenvalues to 1e-8 only
-        v = b/s[:,None]
-        if _missed(d, q, s, v, off+2.**-51*np.linalg.norm(s)) <= svd_standard(d): return q,s,v
+    if (s[keep] > s[:1]*1e-3).all():
+        q,s,v = q[:,keep],s[keep],b[keep]/s[keep,None]
+        if off(d, q, s, v) <= most: return q,s,v
     for u,s,v in _svds(d):
         keep = np.flatnonzero(s > s[:1]*1e-7)[:k]
         u,s,v = u[:,keep],s[keep],v[keep]
-        if not (off := _missed(d, u, s, v)) > (most := svd_standard(d)): return u,s,v
-    raise ValueError(f"the singular vectors of a {d.shape[0]} × {d.shape[1]} matrix are off by {off:.1e}, where LAPACK "
+        if not off(d, u, s, v) > most: return u,s,v
+    raise ValueError(f"the singular vectors of a {d.shape[0]} × {d.shape[1]} matrix are off by {off(d, u, s, v):.1e}, where LAPACK "
         f"is known for less than {most:.1e}: use another BLAS, or another kernel of it (OPENBLAS_CORETYPE)")
 
 # %% ../nbs/33_factors.ipynb #f100000c
@@ -193,9 +205,12 @@ def solve_standard(
 def solve(
     A:np.ndarray, # (n, n)
     B:np.ndarray, # (n, k)
+    proved:bool=False, # Whether all of what is left is measured, and not what a few directions show
 ) -> np.ndarray: # (n, k)
     "A⁻¹B, once more with what it leaves where that is too much. Raises `ValueError`"
     X = np.linalg.solve(A, B)
+    z = np.random.default_rng(0).choice([-1., 1.], (B.shape[1], _probes))
+    if not proved and np.linalg.norm(B@z-A@(X@z))/sqrt(_probes) <= solve_standard(A, X): return X
     for again in (True, False):
         left = B-A@X
         if not np.linalg.norm(left) > solve_standard(A, X): return X

@@ -87,7 +87,7 @@ def _regmean_bound(updates, grams, alpha=.9):
     mean,live,A,top,pairs = _regmean_parts(updates, grams, alpha)
     if not live.any(): return 0.,''
     off = gamma(len(A)+len(pairs)+4)*(sum(np.linalg.norm(d)*np.linalg.norm(g) for d,g in pairs)+np.linalg.norm(top))
-    try: return 2*solved_error(A, solve(A, top.T), least_eigenvalue(A), 0., off),''
+    try: return 2*solved_error(A, solve(A, top.T, True), least_eigenvalue(A), 0., off),''
     except Unproved as e: return np.inf,str(e)
 
 @rule('matrix', dict(alpha=_part), homogeneous=True, bound=_regmean_bound)
