@@ -1634,6 +1634,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                             'spectrum_merging.preflight._first': ('preflight.html#_first', 'spectrum_merging/preflight.py'),
                                             'spectrum_merging.preflight._head_by_shape': ( 'preflight.html#_head_by_shape',
                                                                                            'spectrum_merging/preflight.py'),
+                                            'spectrum_merging.preflight._in_two_parts': ( 'preflight.html#_in_two_parts',
+                                                                                          'spectrum_merging/preflight.py'),
                                             'spectrum_merging.preflight._kind': ('preflight.html#_kind', 'spectrum_merging/preflight.py'),
                                             'spectrum_merging.preflight._pair_problems': ( 'preflight.html#_pair_problems',
                                                                                            'spectrum_merging/preflight.py'),

@@ -17,7 +17,7 @@ from .arithmetic import number_types, storage, widen
 from .beside import config_conflicts, files_beside, tokenizer_conflicts
 from .files import parse_json, user_path
 from .heads import Heads, find_heads, head_notes
-from .matrices import doubtful, layouts
+from .matrices import doubtful, layouts, owner_of, parameter_of
 from .names import align
 from .units import find_units, is_head
 
@@ -205,7 +205,14 @@ def guesses(
     first,everything = next(iter(models.values())),models | ({'base': base} if base else {})
     opened = [f'{m}: {o}' for m,ck in everything.items() for o in ck.notes]
     laid = doubtful(layouts({k: first.infos[k] for k in units.index if k not in first.aliases}))
-    return [*head_notes(found, units, list(models)), *opened, *[laid]*bool(laid), *slips(models, base)]
+    return [*head_notes(found, units, list(models)), *opened, *[laid]*bool(laid), *_in_two_parts(first.infos), *slips(models, base)]
+
+def _in_two_parts(infos):
+    "Layers with weight norm: what they multiply with is in no tensor"
+    found = [k for k in infos if k.endswith(('original1','_v')) and parameter_of(k, infos) not in ('', k.rpartition('.')[2])]
+    if not found: return []
+    return [f"{owner_of(found[0])}{' and others' if len(found)>1 else ''}: stored as direction and length (weight norm), scanned by the direction "
+        "and merged part by part; fold them with torch.nn.utils.parametrize.remove_parametrizations to treat the weight as one"]
 
 def _conflicts(models, base, files_from):
     "What configurations and tokenizers contradict each other in, and what was decided about the rest"

@@ -238,3 +238,11 @@ def test_position_tables(k):
 def test_vocabularies():
     sd = [{'wte.weight': R(i, 4), 'q.weight': R(4, 4)} for i in (8, 12)]
     with pytest.raises(PreflightError, match='resize_token_embeddings'): make_plan('standard', sd, heads=[])
+
+def test_weight_norm_is_said(tmp_path):
+    "What a layer multiplies with is in neither tensor: said, unlike a projection that is called to_v"
+    x = dict(w=torch.randn(8, 4, 3), g=torch.ones(1, 1, 3), p=torch.randn(6, 6))
+    save_file({'conv.weight_v': x['w'], 'conv.weight_g': x['g'], 'attn.to_v': x['p']}, tmp_path/'normed.safetensors')
+    save_file({'attn.to_v': x['p'], 'attn.to_q': x['p']+1}, tmp_path/'plain.safetensors')
+    def said(k): return [o for o in make_plan('standard', {m: tmp_path/f'{k}.safetensors' for m in 'ab'}).meta['notes'] if 'weight norm' in o]
+    assert [o.partition(':')[0] for o in said('normed')]==['conv'] and not said('plain')
