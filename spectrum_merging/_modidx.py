@@ -403,6 +403,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'spectrum_merging.factors._series': ('factors.html#_series', 'spectrum_merging/factors.py'),
                                           'spectrum_merging.factors._skew': ('factors.html#_skew', 'spectrum_merging/factors.py'),
                                           'spectrum_merging.factors._svds': ('factors.html#_svds', 'spectrum_merging/factors.py'),
+                                          'spectrum_merging.factors._weak_again': ( 'factors.html#_weak_again',
+                                                                                    'spectrum_merging/factors.py'),
                                           'spectrum_merging.factors.angle': ('factors.html#angle', 'spectrum_merging/factors.py'),
                                           'spectrum_merging.factors.cos_sin': ('factors.html#cos_sin', 'spectrum_merging/factors.py'),
                                           'spectrum_merging.factors.distance': ('factors.html#distance', 'spectrum_merging/factors.py'),
