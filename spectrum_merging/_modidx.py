@@ -524,7 +524,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'spectrum_merging.fitted._averaged': ('fitted.html#_averaged', 'spectrum_merging/fitted.py'),
                                          'spectrum_merging.fitted._changed': ('fitted.html#_changed', 'spectrum_merging/fitted.py'),
                                          'spectrum_merging.fitted._check_given': ('fitted.html#_check_given', 'spectrum_merging/fitted.py'),
-                                         'spectrum_merging.fitted._folders': ('fitted.html#_folders', 'spectrum_merging/fitted.py'),
                                          'spectrum_merging.fitted._from_memory': ('fitted.html#_from_memory', 'spectrum_merging/fitted.py'),
                                          'spectrum_merging.fitted._heads': ('fitted.html#_heads', 'spectrum_merging/fitted.py'),
                                          'spectrum_merging.fitted._image_batches': ( 'fitted.html#_image_batches',

@@ -258,7 +258,7 @@ def coverage(
     # whoever names an output layer as a head wants it fitted
     words = {} if of_head else {o for k in tables for o in shared.get(k, [k])}
     params = {o: v for o,v in model.named_parameters(remove_duplicate=False) if is_matrix(v.shape) and o not in words
-        and mine(o) and shared[o][0]==o}
+        and mine(o) and (of_head or shared[o][0]==o)}
     def tie(layer):
         of = [o for k in ('weight','bias') for o in shared.get(f'{layer}.{k}', []) if not o.startswith(f'{layer}.')]
         return f'shares memory with {of[0]}' if of else None

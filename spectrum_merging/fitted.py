@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from .chain import check_repair, repair_recipe
 from .checkpoint import Checkpoint
-from .files import user_path
+from .files import lies_inside, user_path
 from .folder import tied, write_folder
 from .heads import class_name
 from .merge import check_out, merge, task_state
@@ -77,8 +77,8 @@ class Network:
         keys = [k for k,o in self.ckpt.infos.items() if o.is_float]
         # numbers up to 2²⁴ are exact in float32; 0 is what stands in what was not loaded
         dyed = {k: torch.full((1,), i+1.).expand(self.ckpt.infos[k].shape) for i,k in enumerate(keys)}
-        found = {}
-        for k,v in self.open(dyed).state_dict().items():
+        found,rest = {},{k: self.ckpt.read(k) for k,o in self.ckpt.infos.items() if not o.is_float}
+        for k,v in self.open(dyed | rest).state_dict().items():
             if not v.is_floating_point() or not v.numel(): continue
             i = int(v.flatten()[0])-1
             if 0<=i<len(keys) and bool((v==i+1).all()) and tuple(v.shape)==tuple(self.ckpt.infos[keys[i]].shape): found[k] = keys[i]
@@ -93,13 +93,14 @@ class Network:
 TOKENS = 48 # Tokens of an unlabelled text at most
 _size = 50 # Inputs in a batch
 
-def _folders(ckpt):
-    "Where a tokenizer may lie: beside an adapter, or beside the model"
-    return [Path(o) for o in (ckpt.source, ckpt.folder) if o and Path(o).is_dir()]
+# Without one of these, transformers makes up a tokenizer that knows no word
+_words = 'tokenizer.json','tokenizer.model','vocab.txt','vocab.json','vocab.model','spiece.model','sentencepiece.bpe.model','bpe.codes','spm.model','tekken.json'
+_pixels = 'preprocessor_config.json','processor_config.json'
 
-def _auto(kind, network, what):
-    "A tokenizer or processor from an expert's own folder. Raises `ValueError`"
-    for folder in _folders(network.ckpt):
+def _auto(kind, network, what, files):
+    "A tokenizer or processor from an expert's own folder, beside its adapter or its model. Raises `ValueError`"
+    for folder in [Path(o) for o in (network.ckpt.source, network.ckpt.folder) if o and Path(o).is_dir()]:
+        if not any((folder/o).is_file() and lies_inside(folder/o, folder) for o in files): continue
         try:
             with _quiet(), warnings.catch_warnings():
                 warnings.simplefilter('ignore')
@@ -111,7 +112,7 @@ def _text_batches(network, items, tokens):
     "Dicts of ids and mask"
     import torch
     from transformers import AutoTokenizer
-    tok = _auto(AutoTokenizer, network, 'tokenizer')
+    tok = _auto(AutoTokenizer, network, 'tokenizer', _words)
     with _quiet():
         pairs = [list(o) for o in zip(*items)] if isinstance(items[0], tuple) else [list(items)]
         found = tok(*pairs, truncation=True, max_length=tokens)
@@ -134,7 +135,7 @@ def _image_batches(network, items):
     "Dicts of pixels"
     from PIL import Image
     from transformers import AutoImageProcessor
-    make = _auto(AutoImageProcessor, network, 'image processor (preprocessor_config.json)')
+    make = _auto(AutoImageProcessor, network, 'image processor', _pixels)
     def opened(path):
         try:
             with Image.open(path) as o: return o.convert('RGB' if getattr(network.config, 'num_channels', 3)==3 else 'L')
