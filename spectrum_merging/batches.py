@@ -133,6 +133,7 @@ def _of_positions(k, o): return k!='pixel_values' and (not o.is_floating_point()
 
 def one_size(
     batches:list, # From `prepared`, of all tasks
+    pad:int=0, # Token behind the end of a text
 ) -> list:
     "Batches whose inputs all have the longest one's length. Raises `ValueError` where sizes differ and nothing says what counts"
     if isinstance(batches[0], dict): names = {k for x in batches for k,v in x.items() if isinstance(v, Tensor) and v.ndim}
@@ -146,7 +147,8 @@ def one_size(
             raise ValueError(f"inputs have the sizes {' and '.join(str(tuple(o)) for o in sorted(set(sizes[k]))[:2])}: "
                 "bring them to one size, or pass dicts with a mask")
     most = {k: [max(d) for d in zip(*sizes[k])] for k in ragged}
-    def one(k, o): return F.pad(o, _ends(o, most[k]), value=_fill.get(k, 0)) if k in most else o
+    fill = _fill | dict(input_ids=pad, decoder_input_ids=pad)
+    def one(k, o): return F.pad(o, _ends(o, most[k]), value=fill.get(k, 0)) if k in most else o
     def whole(x): return {k: one(k, o) for k,o in x.items()} if isinstance(x, dict) else tuple(one(k, o) for k,o in enumerate(x))
     return list(map(whole, batches)) if ragged else batches
 

@@ -90,6 +90,7 @@ def _named(models):
         raise ValueError(f"two models have the same name: {', '.join(models)}")
     return {name: path for name,_,path in pairs}
 
+# %% ../nbs/95_cli.ipynb #b94e255b
 def _by_task(given, what):
     "`{task: value}` from NAME=VALUE; one value alone is for all. Raises `ValueError`"
     if not given: return None
@@ -100,6 +101,13 @@ def _by_task(given, what):
     if len({k for k,*_ in pairs})<len(pairs): raise ValueError(f"{what} names a model twice: {', '.join(given)}")
     return {k: v for k,_,v in pairs}
 
+def _task_files(inputs, text, repair, as_adapter):
+    "`{task: file}` and columns. Raises `ValueError`"
+    if as_adapter and (repair or inputs): raise ValueError("--as-adapter writes no repaired model: leave it out, and use spectrum-extract on the result")
+    if text and not inputs: raise ValueError("--text names a column of --inputs, and none are given")
+    return _by_task(inputs, '--inputs'),_by_task(text, '--text')
+
+# %% ../nbs/95_cli.ipynb #70cf04e1
 def _bytes(text):
     "Number of bytes of '5GB', '200 MB' or '1000'. Raises `ValueError`"
     m = re.fullmatch(r'\s*(\d{1,18}(?:\.\d*)?)\s*([KMGT]?)B?\s*', text, re.I)
@@ -114,6 +122,7 @@ def _as_adapter(plan, models, base, out, dtype, more):
     lines = [f'{summary(df)}\nwritten to {out}{"" if task is None else "/"+task}' for task,df in found.items()]
     return '\n'.join([_summary(plan), *lines, 'PeftModel.from_pretrained(base model, folder) loads it'])
 
+# %% ../nbs/95_cli.ipynb #93fb73df
 def _look(models, base, repair, inputs, text):
     "Raise what can be refused before a plan is made"
     from spectrum_merging.fitted import looked_at
@@ -160,8 +169,7 @@ def merge_cli(
 ):
     "Merge models by the signal-to-noise ratio of their layers; if interrupted, rerun to continue"
     shard_size = _bytes(shard_size)
-    inputs,text = _by_task(inputs, '--inputs'),_by_task(text, '--text' if inputs else '--text, which names a column of --inputs,')
-    if as_adapter and (repair or inputs): raise ValueError("--as-adapter writes no repaired model: leave it out, and use spectrum-extract on the result")
+    inputs,text = _task_files(inputs, text, repair, as_adapter)
     from spectrum_merging.merge import check_out, loading, merge
     from spectrum_merging.plan import Plan, make_plan
     models = _named(models)
@@ -177,9 +185,7 @@ def merge_cli(
     more = dict(n_workers=workers, progress=sys.stderr.isatty())
     if as_adapter: return print(_as_adapter(table, models, base, out, dtype, more))
     more |= dict(dtype=dtype, shard_size=shard_size, files_from=files_from)
-    try:
-        if repair or inputs: table = _fitted(table, models, base, out, repair, inputs, text, more)
-        else: merge(table, models, base, out, **more)
+    try: table = _fitted(table, models, base, out, repair, inputs, text, more) if repair or inputs else merge(table, models, base, out, **more) and table
     except KeyboardInterrupt: _stop("interrupted; the same command continues where it stopped")
     print(f'{_summary(table)}\nwritten to {out}; the decision for each tensor is in {out}/plan.csv')
     for o in loading(table, models, base, files_from, out): print(o)

@@ -39,6 +39,7 @@ def _quiet():
         logging.set_verbosity(was)
         if bars: logging.enable_progress_bar()
 
+# %% ../nbs/72_fitted.ipynb #6abed54e
 class Network:
     "A task's network: its class and configuration, which tensor of the file is which of the network's"
     def __init__(self,
@@ -114,8 +115,9 @@ def _text_batches(network, items, tokens):
     from transformers import AutoTokenizer
     tok = _auto(AutoTokenizer, network, 'tokenizer', _words)
     with _quiet():
-        pairs = [list(o) for o in zip(*items)] if isinstance(items[0], tuple) else [list(items)]
-        found = tok(*pairs, truncation=True, max_length=tokens)
+        # a text is cut where it is too long, of a pair both parts are kept
+        if isinstance(items[0], tuple): found = tok(*[list(o) for o in zip(*items)], truncation=True, max_length=tokens)
+        else: found = {k: [o[:tokens] for o in v] for k,v in tok(list(items)).items()}
     keys = [k for k in ('input_ids','token_type_ids') if k in found]
     most = getattr(network.config, 'vocab_size', None)
     if most and max((max(o, default=0) for o in found['input_ids']), default=0)>=most:
@@ -131,6 +133,7 @@ def _text_batches(network, items, tokens):
     deal = np.random.default_rng(0).permutation(-(-len(rows)//_size))
     return [batch(rows[_size*i:_size*(i+1)]) for i in deal]
 
+# %% ../nbs/72_fitted.ipynb #ac1324dd
 def _image_batches(network, items):
     "Dicts of pixels"
     from PIL import Image
@@ -145,6 +148,7 @@ def _image_batches(network, items):
     n = max(1, round(len(items)/_size))
     return [dict(make(images=[opened(items[i]) for i in ix], return_tensors='pt')) for ix in order[:len(items)//n*n].reshape(n, -1)]
 
+# %% ../nbs/72_fitted.ipynb #4395ed95
 def batches_of(
     network:Network,
     given, # `Inputs`
@@ -165,6 +169,7 @@ def _check_given(models, inputs, repairs, moments):
     if odd := [t for t in inputs if t not in models]: raise ValueError(f"inputs are given for {odd[0]!r}, the models are {', '.join(models)}")
     if lost := [t for t in models if t not in inputs]: raise ValueError(f"{lost[0]} has no inputs: pass inputs for each of {', '.join(models)}")
 
+# %% ../nbs/72_fitted.ipynb #445becf2
 def looked_at(
     models, # List of models, or `{task: model}`
     base=None, # Their base, where they are adapters
@@ -185,6 +190,7 @@ def looked_at(
     given = {t: read_inputs(inputs[t], t, text.get(t) if isinstance(text, dict) else text, most) for t in models}
     return steps,given,networks,{t: batches_of(networks[t], o, tokens) for t,o in given.items()}
 
+# %% ../nbs/72_fitted.ipynb #3ab26481
 def _heads(plan, network):
     "Modules of a network that are its task's own"
     own = {tensor_name(n) for n,role in zip(plan.table.name, plan.table.role) if role=='head' or task_of(n)}
@@ -192,6 +198,7 @@ def _heads(plan, network):
 
 def _all_heads(plan, networks): return sorted({o for n in networks.values() for o in _heads(plan, n)})
 
+# %% ../nbs/72_fitted.ipynb #708f287b
 def _asking(plan):
     "Numbers of the rows whose operation asks for moments of inputs"
     return [i for i,o in enumerate(plan.table.op) if o not in ('linear', FITTED) and recipe(o, 'matrix').rule.asks('grams')]

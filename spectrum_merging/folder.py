@@ -326,10 +326,9 @@ def write_folder(
     if odd := _clashes(files, files_beside(sources[files_from].folder)[0]):
         raise ValueError(f"{sorted(odd)[0]} cannot lie in the result twice, or as a file and a folder: rename the task, or what lies "
             f"beside the weights of {files_from}")
-    blank = metadata(plan, sources, None)
+    blank,settings = metadata(plan, sources, None),settings | dict(shard_size=shard_size, files_from=files_from)
     blanks = {o.path: o.header(blank) for o in files}
     heads = {k: len(v) for k,v in blanks.items()}
-    settings = settings | dict(shard_size=shard_size, files_from=files_from)
     job = dict(version=__version__, plan=plan.digest, meta=plan.meta, settings=settings,
         block=[BLOCK, PIECE], rows=[[r.name, r.info.dtype] for r in rows],
         inputs=fingerprint(sources), numbers=fingerprint(numbers or {}))

@@ -177,13 +177,30 @@ def _given(batches, model, masks):
     flat = [x for o in own.values() for x in o]
     if masks is not None: return own,{t: [[m] for m in o] for t,o in masks.items()}
     if len({type(x) for x in flat})>1: raise ValueError("inputs of different tasks have different forms: pass dicts for all, or tensors")
-    flat = iter(one_size(flat))
-    own = {t: [next(flat) for _ in o] for t,o in own.items()}
-    return own,{t: [mask_of(x, model) for x in o] for t,o in own.items()}
+    return own,_masks(own, model)
 
-def _as_one(own, counted, masks):
+def _masks(own, model): return {t: [mask_of(x, model) for x in o] for t,o in own.items()}
+
+def _alike(own, model):
+    "`{task: batches}` of one size, and their masks"
+    # an end that is not told from words by the mask would be one
+    flat = iter(one_size([x for o in own.values() for x in o], getattr(getattr(model, 'config', None), 'pad_token_id', None) or 0))
+    own = {t: [next(flat) for _ in o] for t,o in own.items()}
+    return own,_masks(own, model)
+
+@torch.no_grad()
+def _by_position(model, x, names):
+    "Whether the mask of a batch tells rows that count from the others in all these layers, so that lengths may differ"
+    masks,fits = mask_of(x, model),[]
+    def look(k, i, o): fits.append(at_mask(o, masks) is not None or o.ndim==2 and len(o)==n_inputs(x))
+    if masks: run_hooked(model, x, names, look, names[-1])
+    return bool(masks) and all(fits)
+
+def _as_one(own, masks, model):
     "All inputs as the merged model runs them, and `{task: its masks}`"
-    if masks is None: return joined([x for o in own.values() for x in o]),{t: [torch.cat(m) for m in zip(*o)] for t,o in counted.items()}
+    if masks is None:
+        own,counted = _alike(own, model)
+        return joined([x for o in own.values() for x in o]),{t: [torch.cat(m) for m in zip(*o)] for t,o in counted.items()}
     return torch.cat(_padded(own.values())),{t: [o] for t,o in zip(masks, _padded(masks.values()))}
 
 # %% ../nbs/68_match.ipynb #c0ffee12
@@ -282,11 +299,15 @@ def match_layers(
     own,counted = _given(batches, merged, masks)
     found = check_coverage(merged, own[next(iter(own))][0], heads, least)
     layers,shared = found.layers,statistics=='shared'
-    with evaluating(merged, *experts.values()): _check_layers(merged, experts, own, layers)
+    with evaluating(merged, *experts.values()):
+        _check_layers(merged, experts, own, layers)
+        # experts run each batch at its own length where masks tell all there is to tell
+        if masks is None and not _by_position(merged, taken(own[next(iter(own))][0], lambda o: o[:2]), [o.name for o in layers]):
+            own,counted = _alike(own, merged)
     if found.share<ENOUGH: warnings.warn(f"{type(merged).__name__}: {found}")
     model = copy.deepcopy(merged).eval().requires_grad_(False) # else autocast keeps old weights
     goals = {t: _targets(o, own[t], [l.bn or l.name for l in layers], counted[t]) for t,o in experts.items()}
-    whole,counted = _as_one(own, counted, masks)
+    whole,counted = _as_one(own, masks, merged)
     counts = [sum(map(n_inputs, o)) for o in own.values()]
     def sizes(n): return [n*c//sum(counts) for c in counts]
     handles,stats = [],{}
@@ -361,7 +382,7 @@ def match_heads(
     own,counted = {},{}
     for t,e in experts.items():
         given = _given({t: batches[t]}, e, None if masks is None else {t: masks[t]})
-        own[t],counted[t] = (o[t] for o in given)
+        own[t],counted[t] = (o[t] for o in (given if masks is not None else _alike(given[0], e)))
     bodies = merged if isinstance(merged, dict) else dict.fromkeys(experts, merged)
     if list(bodies)!=list(experts): raise ValueError(f"merged models for {list(bodies)}, experts for "
         f"{list(experts)}: pass the same tasks in the same order")
