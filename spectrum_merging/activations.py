@@ -168,7 +168,8 @@ class Coverage:
         for k,o in self.left.items(): why[o] += self.sizes[k]
         said = '; '.join(f"{next(k for k in self.left if self.left[k]==o)}"
             f"{f' and {n} more' if (n := list(self.left.values()).count(o)-1) else ''}: {o}" for o,_ in why.most_common(4))
-        return f"{len(self.layers)} layers are fitted, {self.share:.0%} of the body's weights" + (f' (left out: {said})' if said else '')
+        n = len(self.layers)
+        return f"{n} layer{'s are' if n!=1 else ' is'} fitted, {self.share:.0%} of the body's weights" + (f' (left out: {said})' if said else '')
 
 def _linear(m): return isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d)) or is_conv1d(m)
 

@@ -66,7 +66,9 @@ class Network:
         "The network with these weights. Raises `ValueError` where some are absent"
         import torch
         state = {k: v.float() if v.is_floating_point() else v for k,v in state.items()}
-        with _quiet(): model,info = self.kind.from_pretrained(None, config=self.config, state_dict=state, dtype=torch.float32, output_loading_info=True)
+        # on short texts eager attention is faster than sdpa on a CPU
+        how = dict(dtype=torch.float32, attn_implementation='eager', output_loading_info=True)
+        with _quiet(): model,info = self.kind.from_pretrained(None, config=self.config, state_dict=state, **how)
         if info['missing_keys']: raise ValueError(f"{self.task} ({self.ckpt.label}) lacks {sorted(info['missing_keys'])[0]}, which {self.kind.__name__} has: "
             "save the expert again with save_pretrained")
         return model.eval()
