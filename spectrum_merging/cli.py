@@ -90,6 +90,24 @@ def _named(models):
         raise ValueError(f"two models have the same name: {', '.join(models)}")
     return {name: path for name,_,path in pairs}
 
+# %% ../nbs/95_cli.ipynb #b94e255b
+def _by_task(given, what):
+    "`{task: value}` from NAME=VALUE; one value alone is for all. Raises `ValueError`"
+    if not given: return None
+    pairs = [o.partition('=') for o in given]
+    if len(given)==1 and what=='--text' and not pairs[0][1]: return given[0]
+    if bad := [o for o,(k,eq,v) in zip(given, pairs) if not (k and eq and v)]:
+        raise ValueError(f"{what} {bad[0]}: write {what} NAME={bad[0]}, with the name of a model")
+    if len({k for k,*_ in pairs})<len(pairs): raise ValueError(f"{what} names a model twice: {', '.join(given)}")
+    return {k: v for k,_,v in pairs}
+
+def _task_files(inputs, text, repair, as_adapter):
+    "`{task: file}` and columns. Raises `ValueError`"
+    if as_adapter and (repair or inputs): raise ValueError("--as-adapter writes no repaired model: leave it out, and use spectrum-extract on the result")
+    if text and not inputs: raise ValueError("--text names a column of --inputs, and none are given")
+    return _by_task(inputs, '--inputs'),_by_task(text, '--text')
+
+# %% ../nbs/95_cli.ipynb #70cf04e1
 def _bytes(text):
     "Number of bytes of '5GB', '200 MB' or '1000'. Raises `ValueError`"
     m = re.fullmatch(r'\s*(\d{1,18}(?:\.\d*)?)\s*([KMGT]?)B?\s*', text, re.I)
@@ -103,6 +121,19 @@ def _as_adapter(plan, models, base, out, dtype, more):
     found = merge_adapter(plan, models, base, out, dtype=dtype, **more)
     lines = [f'{summary(df)}\nwritten to {out}{"" if task is None else "/"+task}' for task,df in found.items()]
     return '\n'.join([_summary(plan), *lines, 'PeftModel.from_pretrained(base model, folder) loads it'])
+
+# %% ../nbs/95_cli.ipynb #93fb73df
+def _look(models, base, repair, inputs, text):
+    "Raise what can be refused before a plan is made"
+    from spectrum_merging.fitted import looked_at
+    looked_at(models, base, repair or (), inputs, text)
+
+def _fitted(plan, models, base, out, repair, inputs, text, more):
+    "Merge and repair; the plan that the folder has"
+    from spectrum_merging.fitted import merge_fitted
+    from spectrum_merging.plan import Plan
+    merge_fitted(plan, models, base, out, repairs=repair or (), inputs=inputs, text=text, say=lambda o: print(_shown(o), flush=True), **more)
+    return Plan.load(f'{out}/plan.csv')
 
 def _summary(plan):
     "How many tensors each mixture gets"
@@ -131,13 +162,19 @@ def merge_cli(
     workers:int=None, # Threads; by default one per core
     scale:float=None, # λ of strategies that add updates to the base: task_arithmetic, tsv_m, …
     as_adapter:bool=False, # Write a PEFT LoRA of the merged update instead of a model
+    repair:Annotated[str, "Repairs of the result on unlabelled inputs, in order: match, heads, batchnorm, repair, 'match(ridge=0.1)'",
+        dict(nargs='+')]=None,
+    inputs:Annotated[str, "Unlabelled inputs of each model, NAME=FILE (csv, tsv, json, jsonl, parquet, txt) or a folder of images", dict(nargs='+')]=None,
+    text:Annotated[str, "Column of the texts, for all or NAME=COLUMN; guessed by default", dict(nargs='+')]=None,
 ):
     "Merge models by the signal-to-noise ratio of their layers; if interrupted, rerun to continue"
     shard_size = _bytes(shard_size)
+    inputs,text = _task_files(inputs, text, repair, as_adapter)
     from spectrum_merging.merge import check_out, loading, merge
     from spectrum_merging.plan import Plan, make_plan
     models = _named(models)
     check_out(out, [*(models.values() if isinstance(models, dict) else models), base])
+    if repair or inputs: _look(models, base, repair, inputs, text)
     if plan: table = Plan.load(plan)
     else:
         heads = None if heads is None else [] if heads=='none' else heads.split(',')
@@ -147,7 +184,8 @@ def merge_cli(
     for o in table.meta.get('notes', []): print(_shown(o))
     more = dict(n_workers=workers, progress=sys.stderr.isatty())
     if as_adapter: return print(_as_adapter(table, models, base, out, dtype, more))
-    try: merge(table, models, base, out, dtype=dtype, shard_size=shard_size, files_from=files_from, **more)
+    more |= dict(dtype=dtype, shard_size=shard_size, files_from=files_from)
+    try: table = _fitted(table, models, base, out, repair, inputs, text, more) if repair or inputs else merge(table, models, base, out, **more) and table
     except KeyboardInterrupt: _stop("interrupted; the same command continues where it stopped")
     print(f'{_summary(table)}\nwritten to {out}; the decision for each tensor is in {out}/plan.csv')
     for o in loading(table, models, base, files_from, out): print(o)
@@ -202,8 +240,9 @@ def verify_cli(
         raise CliError(f"{len(bad)} of {len(df)} checks failed:\n"
             + bad[['file','tensor','check','found']].to_string(index=False))
     other = {k: int(again.found.str.startswith(k).sum()) for k in ('within rounding', 'cannot be proved here')}
+    fitted = int(df.found.str.endswith('fitted, not proved').sum())
     print(f"{out} is what it says: {len(again)} of {(df.tensor!='').sum()} tensors made again, "
-        f"all checksums and hashes agree" + ''.join(f'; {n} {k}' for k,n in other.items() if n))
+        f"all checksums and hashes agree" + f'; {fitted} were fitted to inputs and are not proved (on which: {out}/merge.json)'*bool(fitted) + ''.join(f'; {n} {k}' for k,n in other.items() if n))
 
 # %% ../nbs/95_cli.ipynb #00000013
 @call_parse

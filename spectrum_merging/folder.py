@@ -309,6 +309,7 @@ def write_folder(
     sources:dict, # `{name: Checkpoint}`, with the base as 'base'
     out:Path, # Folder to make
     *,
+    numbers:dict=None, # `{name: Checkpoint}` that rows are read from, where these are not the models
     shard_size:int=5_000_000_000, # Largest number of bytes of a file of the body
     files_from:str=None, # Model whose configuration and tokenizer are taken; the first by default
     results:str='', # Markdown for the model card
@@ -325,13 +326,12 @@ def write_folder(
     if odd := _clashes(files, files_beside(sources[files_from].folder)[0]):
         raise ValueError(f"{sorted(odd)[0]} cannot lie in the result twice, or as a file and a folder: rename the task, or what lies "
             f"beside the weights of {files_from}")
-    blank = metadata(plan, sources, None)
+    blank,settings = metadata(plan, sources, None),settings | dict(shard_size=shard_size, files_from=files_from)
     blanks = {o.path: o.header(blank) for o in files}
     heads = {k: len(v) for k,v in blanks.items()}
-    settings = settings | dict(shard_size=shard_size, files_from=files_from)
     job = dict(version=__version__, plan=plan.digest, meta=plan.meta, settings=settings,
         block=[BLOCK, PIECE], rows=[[r.name, r.info.dtype] for r in rows],
-        inputs=fingerprint(sources))
+        inputs=fingerprint(sources), numbers=fingerprint(numbers or {}))
     part = Partial(out, hashlib.sha256(json.dumps(job).encode()).hexdigest())
     try:
         have = sum(o.stat().st_size for o in part.data.rglob('*') if o.is_file())
@@ -341,7 +341,7 @@ def write_folder(
         for k,v in blanks.items(): part.write(k, v, 0)
         part.start()
         _keep_finished(part, files, heads, todo, n_workers)
-        fresh = _fill(part, files, heads, todo, sources, n_workers, progress)
+        fresh = _fill(part, files, heads, todo, numbers or sources, n_workers, progress)
         with ThreadPoolExecutor(1) as pool:
             hashes = pool.submit(hash_inputs, sources, job['inputs'], n_workers)
             part.note(fresh)

@@ -10,7 +10,8 @@ __all__ = ['bn_layers', 'reestimate_bn', 'variance_ratio', 'repair_channels']
 # %% ../nbs/65_repair.ipynb #00000003
 import copy, pandas as pd, torch
 from torch import nn
-from .activations import listed, run_hooked
+from .activations import run_hooked
+from .batches import feed, listed, n_inputs, prepared
 from .matrices import is_conv1d
 
 # %% ../nbs/65_repair.ipynb #00000005
@@ -38,10 +39,11 @@ def reestimate_bn(
         m.momentum = None
         m.train()
     n = 0
-    for x in batches:
-        if len(x) < 2:
-            raise ValueError(f"batch {n} holds {len(x)} input(s): statistics need 2 or more")
-        model(x)
+    for x in listed(batches) if isinstance(batches, (torch.Tensor, dict)) else batches:
+        x, = prepared([x], model)
+        if n_inputs(x) < 2:
+            raise ValueError(f"batch {n} holds {n_inputs(x)} input(s): statistics need 2 or more")
+        feed(model, x)
         n += 1
     if not n: raise ValueError("batches is empty: pass some unlabelled inputs")
     for k,m in layers.items():
@@ -51,14 +53,16 @@ def reestimate_bn(
     return model.eval()
 
 # %% ../nbs/65_repair.ipynb #0000000d
-def _checked(batches):
-    "`batches`, if it can be read more than once"
+def _checked(batches, model):
+    "`batches`, if they can be read more than once"
+    if isinstance(batches, torch.utils.data.DataLoader): batches = list(batches)
     if not isinstance(batches, (list, tuple)):
         raise ValueError(f"batches is a {type(batches).__name__} and is read several times: "
             "pass a list of input tensors, for instance list(batches)")
-    for i,x in enumerate(listed(batches)):
-        if len(x) < 2:
-            raise ValueError(f"batch {i} holds {len(x)} input(s): statistics need 2 or more")
+    batches = prepared(batches, model)
+    for i,x in enumerate(batches):
+        if n_inputs(x) < 2:
+            raise ValueError(f"batch {i} holds {n_inputs(x)} input(s): statistics need 2 or more")
     return batches
 
 def _points(model, x):
@@ -106,7 +110,7 @@ def _measure(model, points, batches):
             raise ValueError(f"an expert has no layer {p}: "
                 "pass experts of the model's architecture")
         modules[p].register_forward_hook(watch(res[k]))
-    for x in batches: model(x)
+    for x in batches: feed(model, x)
     for k,o in res.items():
         if not (o.n and o.var.isfinite().all()):
             raise ValueError(f"{k} got statistics that are NaN or Inf: check inputs and weights")
@@ -135,7 +139,8 @@ def variance_ratio(
 ) -> pd.DataFrame: # By Conv2d, as executed: channels, merged, experts (mean variances), ratio
     "Variance of a merged model's channels over its experts' ([Jordan et al. 2023](https://arxiv.org/abs/2211.08403)). Raises `ValueError`"
     model = copy.deepcopy(model).eval()
-    points,modules = _points(model, _checked(batches)[0]),dict(model.named_modules())
+    batches = _checked(batches, model)
+    points,modules = _points(model, batches[0]),dict(model.named_modules())
     points = {k: p for k,p in points.items() if isinstance(modules[k], nn.Conv2d)}
     if not points: raise ValueError(f"{type(model).__name__} runs no Conv2d: nothing to measure")
     theirs = _all_experts(model, experts, points, batches)
@@ -188,7 +193,8 @@ def repair_channels(
 ) -> nn.Module: # A copy in evaluation mode; all its BatchNorm statistics are measured again
     "REPAIR: channels get the experts' mean and deviation ([Jordan et al. 2023](https://arxiv.org/abs/2211.08403)). Raises `ValueError`"
     model = copy.deepcopy(model).eval()
-    points = _chosen(_points(model, _checked(batches)[0]), layers)
+    batches = _checked(batches, model)
+    points = _chosen(_points(model, batches[0]), layers)
     if not points: raise ValueError("no layer to repair: the model runs none but its last")
     theirs,modules = _all_experts(model, experts, points, batches),dict(model.named_modules())
     norms,totals,hooks = bn_layers(model),{k: _Moments() for k in points},[]
@@ -206,7 +212,7 @@ def repair_channels(
             m.weight.fill_(1)
             m.bias.zero_()
         hooks.append((k, m, goal, m.register_forward_hook(_corrector(*goal, totals[k]))))
-    for x in batches: model(x)
+    for x in batches: feed(model, x)
     for k,m,goal,hook in hooks:
         hook.remove()
         _fuse(m, *_towards(*goal, totals[k]))

@@ -20,6 +20,7 @@ from .checkpoint import TensorInfo
 from .matrices import Layout, doubtful, layouts
 from .operations import run_operation
 from .parallel import n_cores
+from .plan import FITTED
 from .preflight import PreflightError
 from .rules import recipe
 from .units import task_of, tensor_name
@@ -52,13 +53,13 @@ def _row(plan, row, models, sources, dtype, laid):
     info = sources[next((m for m in coefs if m!='base'), 'base')].infos[k]
     if dtype and info.is_float and row['role']!='buffer': info = TensorInfo(info.shape, dtype)
     same = tuple(m for m in models if k in models[m]) if row['role']=='buffer' else ()
-    rule = None if row['op']=='linear' else recipe(row['op'], 'matrix').rule
+    rule = None if row['op'] in ('linear', FITTED) else recipe(row['op'], 'matrix').rule
     if rule and rule.adds and all(sources[m].holds(k, sources['base']) for m in coefs): # of adapters elsewhere: no update
         return Row(row['name'], k, info, dict(base=1.), part=next((p for p in sources['base'].parts if k.startswith(p+'/')), ''))
     moments = rule and rule.asks('grams')
     grams = [f'grams@{m}' for m in coefs if m!='base'] if moments else ()
     part = next((p for m in coefs for p in sources[m].parts if k.startswith(p+'/')), '')
-    layout = laid[next(m for m in coefs if m!='base')][k] if row['op']!='linear' else None
+    layout = laid[next(m for m in coefs if m!='base')][k] if row['op'] not in ('linear', FITTED) else None
     return Row(row['name'], k, info, coefs, same, row['op'], tuple(grams), part, layout)
 
 # %% ../nbs/55_stream.ipynb #0000f141
@@ -73,7 +74,7 @@ def _name_misfit(name, models):
         return name,'is the head of a model whose name is no file name','give that model another name'
     if tensor_name(name)=='__metadata__': return name,'has the name of what is no tensor in a file','rename it'
 
-def _misfits(plan, models, sources, laid):
+def _misfits(plan, models, sources, laid, fitted):
     "`(tensor, problem, remedy)` for all that keeps the plan from running on these models"
     remake = "make the plan for these models, or give the models that it was made for"
     tied = {k: v for o in models.values() for k,v in o.aliases.items()}
@@ -88,7 +89,9 @@ def _misfits(plan, models, sources, laid):
         infos = {m: sources[m].infos[k] for m in dict.fromkeys(used + shown) if k in sources[m]}
         mixed = (row['op']!='linear' or len(used)>1
             or any(plan.coefs(row)[m]!=1 for m in used))
-        if row['op']!='linear': yield from _op_misfits(row, k, used, sources, laid)
+        if row['op']==FITTED and not fitted: yield (k,'was fitted to inputs, no plan makes it again',
+            'repeat the command that made it (--repair, --inputs), or give it the operation linear')
+        elif row['op'] not in ('linear', FITTED): yield from _op_misfits(row, k, used, sources, laid)
         if lost: yield k,f"is not in {', '.join(lost)}",remake
         elif not used: yield k,'has coefficients 0 only','give it a coefficient'
         elif len({o.shape for o in infos.values()})>1:
@@ -123,7 +126,7 @@ def _op_misfits(row, k, used, sources, laid):
         found = have.infos[k].shape if have is not None and k in have else None
         if found!=(layout.count,)*several+(n, n):
             yield (k,f"needs moments of {n} inputs of {f'each of {layout.count} matrices of '*several}{m}, "
-                f"found {found or 'none'}", "measure them with input_grams and pass grams={model: …}" if not
+                f"found {found or 'none'}", "measure them with input_grams and pass grams={model: …} (--inputs)" if not
                 several else f"pass ({layout.count}, {n}, {n}) as grams, or give it another operation in plan.table.op")
 
 def plan_rows(
@@ -132,6 +135,7 @@ def plan_rows(
     base=None, # `Checkpoint`
     dtype:str=None, # Type of all float tensors of the result; by default that of the first model
     grams:dict=None, # `{name: Checkpoint}` of input moments, for operations that ask for them
+    fitted:bool=False, # Whether rows may be fitted ones, whose numbers come from elsewhere
 ) -> list: # Of `Row`
     "What a plan does with these models, from headers alone. Raises `PreflightError`, `ValueError`"
     if list(models)!=plan.models:
@@ -147,8 +151,8 @@ def plan_rows(
         f'grams@{m}': o for m,o in (grams or {}).items()}
     if odd := [m for m in grams or {} if m not in models]:
         raise ValueError(f"grams are given for {odd[0]!r}, the models are {', '.join(models)}")
-    laid = {m: layouts(o.infos) for m,o in models.items()} if (plan.table.op!='linear').any() else {}
-    if problems := list(_misfits(plan, models, sources, laid)):
+    laid = {m: layouts(o.infos) for m,o in models.items()} if not plan.table.op.isin(['linear', FITTED]).all() else {}
+    if problems := list(_misfits(plan, models, sources, laid, fitted)):
         raise PreflightError(problems, 'plan and models do not fit', sep=' ')
     rows = [_row(plan, r, models, sources, dtype, laid) for r in plan.table.to_dict('records')]
     if guess := doubtful({r.name: r.layout for r in rows if r.layout}): warnings.warn(guess)

@@ -21,7 +21,7 @@ from .files import lies_inside, read_json, sha256
 from .folder import input_names, leading_head, metadata, sealed, tied
 from .names import align
 from .operations import operation_bound, run_operation
-from .plan import Plan, mixture
+from .plan import FITTED, Plan, mixture
 from .stream import matrix_inputs, outputs, pieces, plan_rows, run_pieces, word_sum
 from threadpoolctl import threadpool_limits
 
@@ -215,7 +215,8 @@ def _tensor_checks(plan, rows, files, out, sources, told, sample, n_workers):
     "`(file, tensor, rule, check, ok)` of every tensor"
     ckpts = {o.path: Checkpoint(out/o.path) for o in files}
     where = {r.name: o.path for o in files for r in o.rows}
-    again = rows if sample is None else Random(0).sample(rows, min(sample, len(rows)))
+    proved = [r for r in rows if r.op!=FITTED]
+    again = proved if sample is None else Random(0).sample(proved, min(sample, len(proved)))
     bad = _differing(again, sources, {k: ckpts[f] for k,f in where.items()}, n_workers)
     with ThreadPoolExecutor(n_workers) as pool:
         sums = list(pool.map(lambda r: _checksum(ckpts[where[r.name]], r.stored), rows))
@@ -225,7 +226,7 @@ def _tensor_checks(plan, rows, files, out, sources, told, sample, n_workers):
         ok,(fits,found) = s==told['outputs'].get(where[r.name], {}).get('checksums', {}).get(r.stored),near.get(r.name, (True, 'same bits'))
         yield (where[r.name], r.key, mixture(plan.coefs(table.loc[r.name]), r.op),
             'made again' if r.name in made else 'checksum', ok and fits,
-            ', '.join(['other checksum']*(not ok)+[found]*(r.name in made)))
+            ', '.join(['other checksum']*(not ok)+[found]*(r.name in made)+['fitted, not proved']*(r.op==FITTED)))
 
 # %% ../nbs/62_verify.ipynb #00000007
 def verify(
@@ -252,7 +253,7 @@ def verify(
     grams = {m[6:]: o for m,o in sources.items() if m.startswith('grams@')}
     models,base = align({m: sources[m] for m in plan.models}, sources.get('base'))
     sources |= models | ({} if base is None else dict(base=base))
-    rows = plan_rows(plan, models, base, told['dtype'], grams)
+    rows = plan_rows(plan, models, base, told['dtype'], grams, fitted=True)
     ties = tied(plan, models)
     rows = [r for r in rows if r.name not in ties]
     files = outputs(rows, told['shard_size'])
@@ -260,6 +261,7 @@ def verify(
         told['made_by'])
     res = [(f, '', '', check, ok, '') for f,check,ok in [*_input_checks(sources, told['inputs']),
         ('plan.csv', 'digest', plan.digest==told['plan_digest']), ('merge.json', 'shared tensors', told['tied']==ties),
+        *[('merge.json', 'says what was fitted', isinstance(told.get('fitted'), dict))]*any(r.op==FITTED for r in rows),
         *_file_checks(out, files, meta, told, models, leading_head(plan, models, told['files_from']))]]
     if not [o for o in res if o[3]=='header' and not o[4]]:
         # a folder with something strange in it may be one that cannot be opened, and that was said

@@ -1,8 +1,8 @@
 "Layers are found in running order, their inputs measured, and fitted to what experts compute."
 import pytest, torch, torch.nn.functional as F
 from torch import nn
-from spectrum_merging.activations import Layer, input_grams, layer_order, patches
-from spectrum_merging.match import _rows, match_heads, match_layers
+from spectrum_merging.activations import Layer, input_grams, layer_order, patches, rows
+from spectrum_merging.match import match_heads, match_layers
 
 def seeded(f, seed):
     with torch.random.fork_rng():
@@ -27,7 +27,7 @@ def test_patches(how):
     m = seeded(lambda: nn.Conv2d(3, 5, **dict(kernel_size=3, bias=False) | how), 0)
     x = images(4)
     with torch.no_grad(): z = m(x)
-    torch.testing.assert_close(patches(x, m)@m.weight.flatten(1).T, _rows(z), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(patches(x, m)@m.weight.flatten(1).T, rows(z, m), atol=1e-5, rtol=1e-5)
 
 def test_layer_order():
     net = seeded(cnn, 0)
@@ -50,8 +50,9 @@ def test_grouped_convolutions_stay():
     net = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(8, 2))
     x = images(64, shape=(4, 3, 3))
     assert [o.name for o in layer_order(net, x, heads=['3'])]==['0']
+    with pytest.raises(ValueError, match="a grouped convolution.*least=0"): match_layers(net, dict(a=net), dict(a=[x]), heads=["3"])
     fitted = match_layers(net, dict(a=seeded(lambda: nn.Sequential(nn.Conv2d(4, 8, 1),
-        nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(8, 2)), 1)), dict(a=[x]), heads=['3'])
+        nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(8, 2)), 1)), dict(a=[x]), heads=["3"], least=0)
     assert fitted['a'][1].weight.equal(net[1].weight)
 
 def test_input_grams():

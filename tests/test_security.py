@@ -85,6 +85,33 @@ def test_opens_what_it_says(name, d):
         assert not odd(did.get('write', ()), d/'cache', d/'tmp', '/dev/null'), did['write']
         assert not did.get('connect') and not did.get('start') and str(d/'secret') not in did['read']
 
+def test_repairs_open_what_they_say(tmp_path):
+    "Unlabelled inputs and tokenizers are read, the rest is as without a repair; no link leads out of a folder of images"
+    import torch, transformers as T
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    tok = Tokenizer(models.WordLevel({'[PAD]': 0, 'good': 1, 'bad': 2}, 'bad'))
+    tok.pre_tokenizer = pre_tokenizers.Whitespace()
+    for i,m in enumerate('ab'):
+        torch.manual_seed(i)
+        T.BertForSequenceClassification(T.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=3,
+            max_position_embeddings=9)).save_pretrained(tmp_path/m)
+        T.PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='[PAD]').save_pretrained(tmp_path/m)
+        (tmp_path/f'{m}.csv').write_text('text\n'+'good bad\nbad\n'*20)
+    for o in ('tmp', 'pictures'): (tmp_path/o).mkdir()
+    (tmp_path/'secret').write_text('s')
+    did = run('merge', f'a={tmp_path/"a"}', f'b={tmp_path/"b"}', '--out', tmp_path/'out', '--repair', 'match', 'heads', '--inputs',
+        f'a={tmp_path/"a.csv"}', f'b={tmp_path/"b.csv"}', at=tmp_path)
+    own = [tmp_path/'tmp', tmp_path/'cache', tmp_path/'out', f'{tmp_path}/.out.', '/dev/null']
+    own += [o for o in did['write'] if Path(o).name.startswith('torchinductor_')] # torch makes an empty folder when its compiler is imported
+    assert not odd(did.get('write', set())-{str(tmp_path), str(tmp_path/'here/journal')}, *own), did['write']
+    assert not odd(did['read']-{str(tmp_path)}, *_system, root, *own, *(tmp_path/o for o in ('a', 'b', 'bin', 'here')), f'{tmp_path}/a.', f'{tmp_path}/b.')
+    assert not did.get('connect') and str(tmp_path/'secret') not in did['read']
+    (tmp_path/'pictures/a.png').symlink_to(tmp_path/'secret')
+    from spectrum_merging.unlabelled import read_inputs
+    with pytest.raises(ValueError, match='holds no images'): read_inputs(tmp_path/'pictures', 'a')
+    os.mkfifo(tmp_path/'pipe.csv')
+    with pytest.raises(ValueError, match='is a pipe'): read_inputs(tmp_path/'pipe.csv', 'a')
+
 def test_every_command_is_told():
     settings = configparser.ConfigParser(delimiters='=')
     settings.read(root/'settings.ini')

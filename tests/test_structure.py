@@ -13,8 +13,8 @@ core = [k for k in files if not k.startswith('lab.') and k not in ('bench','cli'
 
 # A room imports only from floors below its own.
 floors = [
-    ['rules','arithmetic','factors','files','patterns','parallel','matrices','evaluate','plot'],
-    ['units','align','quantised','formats','stored','bounds'],
+    ['rules','arithmetic','factors','files','patterns','parallel','matrices','batches','evaluate','plot'],
+    ['units','unlabelled','align','quantised','formats','stored','bounds'],
     ['spectrum','lowrank','strategies','activations','layout','pickles'],
     ['edges','adapter'],
     ['checkpoint'],
@@ -25,7 +25,7 @@ floors = [
     ['journal'],
     ['folder'],
     ['merge','verify'],
-    ['extract'],
+    ['extract','fitted'],
     ['lab.tasks'],
     ['lab.training'],
     ['lab.convolutions','lab.texts'],
