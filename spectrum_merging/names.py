@@ -101,12 +101,23 @@ def _joined(mine, theirs, config):
         hit = next((o for o in sorted(theirs) if o.startswith(made)), None) if how is not None and made!=k else None
         if hit: return k,hit
 
+def _within_class(ckpt, first):
+    "Names of a body that was saved alone (`BertModel`) in a class that holds it (`bert.` of `BertForSequenceClassification`); or none"
+    body,whole = ((o.config.get('architectures') or [''])[0] for o in (ckpt, first))
+    if not str(body).endswith('Model') or 'For' not in str(whole) or ckpt.config.get('model_type')!=first.config.get('model_type'): return {}
+    for p in dict.fromkeys(o.partition('.')[0]+'.' for o in first):
+        # a pooler that the class leaves out stays beside
+        found = {k: p+k if p+k in first else k for k in ckpt}
+        if 2*sum(k!=v for k,v in found.items())>len(found): return found
+    return {}
+
 def _renamed(name, ckpt, first_name, first, configs):
     "`ckpt` with the names of `first`. Raises `ValueError` for tensors joined in one and not in the other"
     rule = lambda k: any(o[0].search(k) for o in _constants)
     lost,extra = ([k for k in a if k not in b and not rule(k) and x.aliases.get(k) not in b]
         for a,b,x in ((first, ckpt, first), (ckpt, first, ckpt)))
     if not lost or not extra: return ckpt
+    if name=='base' and (new := _within_class(ckpt, first)): return _called(ckpt, new, first_name)
     own,config = (next((o for o in (x.config, *configs) if o), {}) for x in (ckpt, first))
     mine,theirs = loaded_names(ckpt, own),loaded_names(first, config)
     back = {v: k for k,v in theirs.items()}
@@ -119,6 +130,10 @@ def _renamed(name, ckpt, first_name, first, configs):
             raise ValueError(f"{n} holds {a[pair[0]]} and the like, {m} holds them as {b[pair[1]]}: "
                 "transformers joins or splits these on load; open both with from_pretrained "
                 "and save both with save_pretrained")
+    return _called(ckpt, new, first_name)
+
+def _called(ckpt, new, first_name):
+    "`ckpt` under the names `new`, with a note"
     moved = [(k, v) for k,v in new.items() if k!=v]
     if not moved: return ckpt
     note = (f"{len(moved)} tensors get {first_name}'s names ({moved[0][0]} is {moved[0][1]}), "

@@ -25,7 +25,9 @@ floors = [
     ['journal'],
     ['folder'],
     ['merge','verify'],
-    ['extract','fitted'],
+    ['extract','fitted','own_data'],
+    ['classifiers','judged'],
+    ['compare'],
     ['lab.tasks'],
     ['lab.training'],
     ['lab.convolutions','lab.texts'],
@@ -121,7 +123,7 @@ def test_private_names_stay(room):
 
 home = {name: r.f.__module__.partition('.')[2] for name,r in rules.items() if r.f.__module__.startswith('spectrum_merging')}
 # What is measured and compared is data, and data name recipes.
-data = ['lab.images','lab.parts','lab.run','lab.paper','lab.findings','lab.causes','lab.inside','lab.uses','lab.lessons','lab.seeds','bench']
+data = ['lab.images','lab.parts','lab.run','lab.paper','lab.findings','lab.causes','lab.inside','lab.uses','lab.lessons','lab.seeds','bench','compare']
 
 words = [('repair','channels'), ('lab.verdicts','ties')] # the name of a column, a verdict, too
 
