@@ -21,7 +21,11 @@ from pathlib import Path
 def user_path(
     path, # As a user writes it; `~` is a home
 ) -> Path:
-    "A path without `~`. Raises `FileNotFoundError` for a home that nobody here has"
+    "A path without `~`. Raises `FileNotFoundError` for a home that nobody here has, and for what is too long to be a path"
+    sizes = [len(o.encode(errors='surrogatepass')) for o in (str(path), *Path(path).parts)]
+    # Linux takes 255 bytes for a name and 4,096 for a path, with the byte that ends it
+    if sizes[0]>4095 or max(sizes[1:], default=0)>255:
+        raise FileNotFoundError(f"{str(path)[:40]!r}… has {sizes[0]} bytes, too many for the path of a file or for a name in it")
     try: return Path(path).expanduser()
     except RuntimeError as e:
         raise FileNotFoundError(f"{path} begins with the home of a user that is not known here: write the whole path") from e
