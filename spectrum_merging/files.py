@@ -30,6 +30,7 @@ def user_path(
     except RuntimeError as e:
         raise FileNotFoundError(f"{path} begins with the home of a user that is not known here: write the whole path") from e
 
+# %% ../nbs/07_files.ipynb #0000h1f3
 def _homes(folder):
     "Real folders that a model's files are named in: its own, and that of the merge that it is a head of"
     own = Path(folder).resolve()

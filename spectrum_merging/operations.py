@@ -16,7 +16,7 @@ from .rules import Choice, Range, Recipe, recipe, rule, rule_names
 from .bounds import (Unproved, common_bound, cut, least_eigenvalue, level_bound, part_error, ridge_bound,
     shrunk_bound, solved_error, stack_bound)
 from .edges import default_estimator, shrinker
-from .factors import angle, cos_sin, gamma, gram_svd, norm, polar, solve, total
+from .factors import cos_sin, gamma, gram_svd, norm, polar, solve, sphere_log, total
 from .spectrum import Spectrum, noise_edge
 from threadpoolctl import threadpool_limits, threadpool_info
 
@@ -386,19 +386,12 @@ def slerp(
     mean /= norm(mean)
     # a limit for weights that nearly oppose each other; others need a few steps
     for _ in range(100):
-        step = sum(c*_log(mean, v) for c,v in zip(coefs, vs))
+        step = sum(c*sphere_log(mean, v) for c,v in zip(coefs, vs))
         n = norm(step)
         if n<1e-14: break
         cos,sin = cos_sin(n)
         mean = cos*mean + sin*step/n
     return mean*sum(c*n for c,n in zip(coefs, norms))
-
-def _log(p, v):
-    "Tangent at `p` towards `v` on the unit sphere, as long as their angle"
-    along = total(p*v)
-    flat = v-along*p
-    n = norm(flat)
-    return flat*(angle(n, along)/n) if n>1e-15 else np.zeros_like(p)
 
 # %% ../nbs/35_operations.ipynb #00000028
 def _flat(w): return _f64(w).reshape(len(w) if np.ndim(w)>1 else 1, -1)
