@@ -21,11 +21,16 @@ from pathlib import Path
 def user_path(
     path, # As a user writes it; `~` is a home
 ) -> Path:
-    "A path without `~`. Raises `FileNotFoundError` for a home that nobody here has"
+    "A path without `~`. Raises `FileNotFoundError` for a home that nobody here has, and for what is too long to be a path"
+    sizes = [len(o.encode(errors='surrogatepass')) for o in (str(path), *Path(path).parts)]
+    # Linux takes 255 bytes for a name and 4,096 for a path, with the byte that ends it
+    if sizes[0]>4095 or max(sizes[1:], default=0)>255:
+        raise FileNotFoundError(f"{str(path)[:40]!r}… has {sizes[0]} bytes, too many for the path of a file or for a name in it")
     try: return Path(path).expanduser()
     except RuntimeError as e:
         raise FileNotFoundError(f"{path} begins with the home of a user that is not known here: write the whole path") from e
 
+# %% ../nbs/07_files.ipynb #0000h1f3
 def _homes(folder):
     "Real folders that a model's files are named in: its own, and that of the merge that it is a head of"
     own = Path(folder).resolve()

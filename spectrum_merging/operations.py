@@ -16,7 +16,7 @@ from .rules import Choice, Range, Recipe, recipe, rule, rule_names
 from .bounds import (Unproved, common_bound, cut, least_eigenvalue, level_bound, part_error, ridge_bound,
     shrunk_bound, solved_error, stack_bound)
 from .edges import default_estimator, shrinker
-from .factors import angle, cos_sin, gamma, gram_svd, norm, polar, solve, total
+from .factors import cos_sin, gamma, gram_svd, norm, polar, solve, sphere_log, total
 from .spectrum import Spectrum, noise_edge
 from threadpoolctl import threadpool_limits, threadpool_info
 
@@ -386,32 +386,27 @@ def slerp(
     mean /= norm(mean)
     # a limit for weights that nearly oppose each other; others need a few steps
     for _ in range(100):
-        step = sum(c*_log(mean, v) for c,v in zip(coefs, vs))
+        step = sum(c*sphere_log(mean, v) for c,v in zip(coefs, vs))
         n = norm(step)
         if n<1e-14: break
         cos,sin = cos_sin(n)
         mean = cos*mean + sin*step/n
     return mean*sum(c*n for c,n in zip(coefs, norms))
 
-def _log(p, v):
-    "Tangent at `p` towards `v` on the unit sphere, as long as their angle"
-    along = total(p*v)
-    flat = v-along*p
-    n = norm(flat)
-    return flat*(angle(n, along)/n) if n>1e-15 else np.zeros_like(p)
-
 # %% ../nbs/35_operations.ipynb #00000028
 def _flat(w): return _f64(w).reshape(len(w) if np.ndim(w)>1 else 1, -1)
 
-def _inputs(r, weights, base, coefs, grams):
+def _inputs(r, weights, base, coefs, grams, spent=False):
     "All that a rule of kind 'matrix' may ask for"
     if r.asks('grams') and grams is None:
         raise ValueError(f"{r.name} needs the moments of each model's inputs: pass grams=")
     given = dict(weights=list(map(_flat, weights)), coefs=coefs, grams=grams)
-    return given | (dict(updates=[_update(c, w, _flat(base)) for c,w in zip(coefs, given['weights'])]) if r.adds else {})
+    if not r.adds: return given
+    spent = spent and not r.asks('weights')
+    return given | dict(updates=[_update(c, w, _flat(base), spent) for c,w in zip(coefs, given['weights'])])
 
-def _update(c, w, base):
-    res = w-base
+def _update(c, w, base, spent):
+    res = np.subtract(w, base, out=w if spent else None)
     return np.multiply(c, res, out=res)
 
 def run_operation(
@@ -420,11 +415,12 @@ def run_operation(
     base:np.ndarray, # The base's, where the rule adds to it
     coefs:list, # Coefficient of each model
     grams:list=None, # (in, in) input moments of each model, where the rule asks for them
+    spent:bool=False, # Whether the weights' memory may be written to: they are fp64, and nobody needs them any more
 ) -> np.ndarray: # Merged weights, fp64
     "Merged weights of one tensor. Raises `ValueError`"
     r,shape = what.rule,np.shape(weights[0])
     with threadpool_limits(1, 'blas'): # operations run side by side, one thread each
-        given = _inputs(r, weights, base, coefs, grams)
+        given = _inputs(r, weights, base, coefs, grams, spent)
         if r.adds and not any(d.any() for d in given['updates']): return _f64(base)
         found = np.asarray(what(**given), 'f8')
         if found.size!=np.size(weights[0]):

@@ -312,7 +312,7 @@ def matrix_inputs(
 def _matrix(row, i, sources):
     "Numbers of matrix `i` of the result of an operation, as they are stored, in fp64"
     given = matrix_inputs(row, i, sources)
-    try: return row.layout.flat(run_operation(*given))
+    try: return row.layout.flat(run_operation(*given, spent=True))
     except ValueError as e: raise ValueError(f"{row.name} cannot get {row.op}: {e}") from e
 
 def _whole(piece, sources):
