@@ -251,7 +251,7 @@ def coverage(
     mods = {k: m for k,m in model.named_modules() if isinstance(m, kinds) or is_conv1d(m)}
     try:
         with evaluating(model): ran,why = _verdicts(model, x, mods)
-    except (TypeError, RuntimeError, IndexError, AttributeError, AssertionError, KeyError) as e:
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, AssertionError, KeyError) as e:
         # a hook's own errors are of the same kinds; both times the batch does not suit the model
         raise ValueError(f"{type(model).__name__} does not run on these inputs ({type(e).__name__}: {str(e)[:200]}): "
             "pass batches as its forward takes them, for instance what its tokenizer gives") from e

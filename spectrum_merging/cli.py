@@ -186,7 +186,7 @@ def merge_cli(
     if as_adapter: return print(_as_adapter(table, models, base, out, dtype, more))
     more |= dict(dtype=dtype, shard_size=shard_size, files_from=files_from)
     try: table = _fitted(table, models, base, out, repair, inputs, text, more) if repair or inputs else merge(table, models, base, out, **more) and table
-    except KeyboardInterrupt: _stop("interrupted; the same command continues where it stopped")
+    except KeyboardInterrupt: _stop(f"interrupted; the same command {'starts again' if repair or inputs else 'continues where it stopped'}")
     print(f'{_summary(table)}\nwritten to {out}; the decision for each tensor is in {out}/plan.csv')
     for o in loading(table, models, base, files_from, out): print(o)
 

@@ -157,8 +157,8 @@ def _code(f):
 def _check_rule(new):
     "Raise `ValueError` for a rule that no text could use"
     form = signature(new.f).parameters
-    if not re.fullmatch(r'[^\W\d]\w*', new.name) or new.name=='linear':
-        raise ValueError(f"a rule cannot be called {new.name!r}: use a plain word, and not 'linear'")
+    if not re.fullmatch(r'[^\W\d]\w*', new.name) or new.name in ('linear', 'fitted'):
+        raise ValueError(f"a rule cannot be called {new.name!r}: use a plain word, and not 'linear' or 'fitted'")
     if odd := [k for k,o in form.items() if o.kind in (o.VAR_POSITIONAL, o.VAR_KEYWORD)]:
         raise ValueError(f"{new.name} takes any number of {odd[0]!r}: name its settings one by one")
     if odd := [k for k in new.ranges if k not in new.settings]:
