@@ -69,7 +69,7 @@ class _Bench:
         self.experts,self.data,self.seed,self.tasks = experts,data,seed,list(data)
         self.key = digest(__version__, experts.key, seed, {t: o.texts for t,o in data.items()},
             {t: {k: v.tolist() for k,v in o.parts.items()} for t,o in data.items()})
-        self.scans,self.inputs,self.states = None,None,OrderedDict()
+        self.scans,self.inputs,self.states,self.took = None,None,OrderedDict(),{}
 
     def measured(self):
         "`{task: scan(...)}`, made once"
@@ -107,23 +107,41 @@ class _Bench:
 
     def ask(self, models, part): return {t: self.experts.answers(t, models[t], self.data[t][part]) for t in self.tasks}
 
+    def file(self, what, part): return cache_dir()/'comparisons'/f'{digest(self.key, what, part)}.npz'
+
     def stored(self, what, part, make):
         "`{task: classes}`; `make()` gives modules where nothing is stored"
-        path = cache_dir()/'comparisons'/f'{digest(self.key, what, part)}.npz'
-        if path.exists():
-            with np.load(path, allow_pickle=False) as f: return {t: f[f'{i}'] for i,t in enumerate(self.tasks)}
-        res = self.ask(make(), part)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(path) as tmp, open(tmp, 'wb') as f: np.savez(f, **{f'{i}': res[t] for i,t in enumerate(self.tasks)})
-        return res
+        path = self.file(what, part)
+        if not path.exists():
+            began = time.perf_counter()
+            models = make()
+            made = time.perf_counter()-began
+            found = {f'{i}': o for i,o in enumerate(self.ask(models, part).values())}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            took = np.array([made, time.perf_counter()-began-made])
+            with atomic(path) as tmp, open(tmp, 'wb') as f: np.savez(f, took=took, **found)
+        with np.load(path, allow_pickle=False) as f:
+            self.took[str(what), part] = f['took']
+            return {t: f[f'{i}'] for i,t in enumerate(self.tasks)}
+
+    def what(self, row, scale=None):
+        "All that a row's weights depend on beside experts and texts; JSON"
+        if row.kind=='reference': return [row.name]
+        return [row.strategy, recipe(row.strategy).version, row.control, scale, [[o, recipe(o).version] for o in row.repairs]]
 
     def answers(self, row, part, scale=None):
         "`{task: classes}` of a row"
-        if row.kind=='reference':
-            def make(): return {t: self.experts.wrapped(t, self.experts.base_state(t) if row.name=='base' else None) for t in self.tasks}
-            return self.stored([row.name], part, make)
-        what = [row.strategy, recipe(row.strategy).version, row.control, scale, [[o, recipe(o).version] for o in row.repairs]]
-        return self.stored(what, part, lambda: self.merged(row, scale, row.repairs))
+        def reference(): return {t: self.experts.wrapped(t, self.experts.base_state(t) if row.name=='base' else None) for t in self.tasks}
+        return self.stored(self.what(row, scale), part, reference if row.kind=='reference' else lambda: self.merged(row, scale, row.repairs))
+
+    def seconds(self, row):
+        "What a row took when it was measured: merges and repairs, evaluations"
+        found = [v for s in row.scales for part in ('tune','test') if (v := self.took.get((str(self.what(row, s)), part))) is not None]
+        return np.sum(found, 0)
+
+    def stands(self, row):
+        "Whether all of a row is stored already, but for what was chosen"
+        return bool(row.strategy) and all(self.file(self.what(row, s), 'tune').exists() for s in row.scales)
 
     def share(self, row, scale=None):
         "Mean over tasks of the experts' accuracy on the rows to choose by"
@@ -143,15 +161,15 @@ def seconds(
     if not n>0: raise ValueError(f"budget is {text!r}: pass a time like 10m, 90s or 1h30m")
     return n
 
-def _spoken(s): return f'{s:.0f} s' if s<100 else f'{s/60:.1f} min'
+def _spoken(s): return f'{s:.2g} s' if s<10 else f'{s:.0f} s' if s<100 else f'{s/60:.1f} min'
 
 # A repair asks experts and merge once for its texts, a layer at a time, and solves for every layer (measured: MiniLM).
 _repair = dict(match=2.5, refit=.7)
 
-def _estimate(row, one, made, scanned):
+def _estimate(row, one, made):
     "Seconds that a row takes"
     evaluations = (len(row.scales)+1)/2 if len(row.scales)>1 else 1
-    return one*(evaluations+sum(_repair[o] for o in row.repairs))+made*row.costs*len(row.scales)+scanned*(row.kind=='SNR')
+    return one*(evaluations+sum(_repair[o] for o in row.repairs))+made*row.costs*len(row.scales)
 
 # %% ../nbs/75_compare.ipynb #0000000c
 def _checked(models, base, data, out, text, label, seed):
@@ -163,6 +181,7 @@ def _checked(models, base, data, out, text, label, seed):
     for what,o in dict(text=text, label=label).items():
         if isinstance(o, dict) and (odd := [t for t in o if t not in models]):
             raise ValueError(f"--{what} names {odd[0]!r}, which is no task: experts are {', '.join(models)}")
+    check_out(out)
     opened,origin = {t: Checkpoint(o) for t,o in models.items()},Checkpoint(base)
     check_out(out, [*opened.values(), origin])
     names = {t: class_names(t, o) for t,o in opened.items()}
@@ -173,44 +192,34 @@ def _checked(models, base, data, out, text, label, seed):
     preflight(named, aligned, out=out)
     notes += slips(named, aligned)
     need,free = needed_memory(opened),free_memory()
-    if free is not None and need>free: raise MemoryError(f"{len(opened)} experts and their merges take {need/1e9:.1f} GB in memory, "
-        f"{free/1e9:.1f} GB are free")
+    if free is not None and need>free: raise ValueError(f"{len(opened)} experts, base and merges take {need/1e9:.2g} GB in memory, "
+        f"{free/1e9:.2g} GB are free: end other programs, compare fewer or smaller models, or merge on disk with spectrum-merge")
     return opened,origin,tables,tokenizers,notes
 
 # %% ../nbs/75_compare.ipynb #0000000d
 class _Time:
-    "A bar of seconds, on stderr, and how long rows took"
+    "A bar of seconds, on stderr"
     def __init__(self, total, progress):
-        self.took = {}
         self.bar = Bar(total=round(total, 1), desc='compare', disable=not progress, file=sys.stderr, leave=False,
             bar_format='{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}')
     def run(self, row, cost, f):
         self.bar.set_description(row.name)
-        began = time.perf_counter()
         try: return f()
-        finally:
-            self.took[row.name] = time.perf_counter()-began
-            self.bar.update(cost)
+        finally: self.bar.update(cost)
 
 def _choose(bench, row):
     "`(share, scale)`: the best factor on the rows to choose by, the first of equals"
     found = [(bench.share(row, s), s) for s in row.scales]
     return max(found, key=lambda o: o[0])
 
-def _measure(bench, row, time_):
-    began = time.perf_counter()
-    bench.answers(row, 'tune'),bench.answers(row, 'test')
-    time_[row.name] = time.perf_counter()-began
-
 # %% ../nbs/75_compare.ipynb #0000000e
 def _run(bench, budget, began, say, progress):
-    "`{row: (Row, share, scale)}` of all that was measured, `{row: why}` of what was not, seconds"
-    took = {}
-    for o in _experts,_base,_average: _measure(bench, o, took)
-    one = min(took[ideal], took['base'])
-    made = max(.01, took[plain]-one)
+    "`{row: (Row, share, scale)}` of all that was measured, `{row: why}` of what was not"
+    for o in _experts,_base,_average:
+        for part in 'tune','test': bench.answers(o, part)
+    one,made = bench.seconds(_base)[1],max(.01, bench.seconds(_average)[0])
     todo = comparison(len(bench.tasks))
-    cost = {o.name: _estimate(o, one, made, 0) for o in todo}
+    cost = {o.name: .01 if bench.stands(o) else _estimate(o, one, made) for o in todo}
     left,room,fits = {},budget-(time.perf_counter()-began),[]
     for o in todo:
         if cost[o.name]<=room:
@@ -236,7 +245,7 @@ def _run(bench, budget, began, say, progress):
         try: done[o.name] = clock.run(o, cost[o.name], f)
         except (ValueError, RuntimeError) as e: left[o.name] = ' '.join(str(e).split())[:200]
     clock.bar.close()
-    return done,left,took | clock.took
+    return done,left
 
 def _best(done, *kinds):
     "The row with the largest share on the rows to choose by; the first of equals"
@@ -287,10 +296,14 @@ def _report(five, table, left, data, notes, best, command):
         *(['## Left out', '', *[f'- {k}: {v}' for k,v in left.items()], ''] if left else []),
         '## Data', '', *[f'- {o.said}' for o in data.values()], *[f'- {o}' for o in notes], '', '## Made again by', '', f'    {command}', ''])
 
-def _command(row, scale, models, base):
-    named = ' '.join(f'{t}={o}' for t,o in models.items())
-    if not row.repairs: return f"spectrum-merge {named} --base {base} --strategy '{row.strategy}'"+(f' --scale {scale}' if scale is not None else '')+' --out …'
-    return f"merge by '{row.strategy}', then {', '.join(row.repairs)} (match_layers, match_heads) on the unlabelled texts, seed in best.json"
+def _command(row, scale, models, base, seed, data):
+    "The command line that makes the best merge again"
+    named,origin = ' '.join(f'{t}={o}' for t,o in models.items()),f' --base {base}'
+    if row.repairs:
+        tables = ' '.join(f'{t}={o}' for t,o in data.items())
+        return f'spectrum-compare {named}{origin} --data {tables} --seed {seed} --out …'
+    factor = '' if scale is None else f' --scale {scale}'
+    return f"spectrum-merge {named}{origin if recipe(row.strategy).rule.base or factor or recipe(row.strategy).rule.asks('snr') else ''} --strategy '{row.strategy}'{factor} --out …"
 
 def compare(
     models:dict, # `{task: folder}` of `…ForSequenceClassification`
@@ -305,23 +318,23 @@ def compare(
     say=print, # What is told what is guessed and what fits
     progress:bool=False, # Show a bar on stderr
 ) -> pd.DataFrame: # The table
-    "Merge, repair, judge, write. Raises `ValueError`, `OSError`, `MemoryError` before any work"
+    "Merge, repair, judge, write. Raises `ValueError`, `OSError` before any work"
     began,budget,out = time.perf_counter(),seconds(budget),Path(out).expanduser()
     opened,origin,tables,tokenizers,notes = _checked(models, base, data, out, text, label, seed)
     for o in [*(o.said for o in tables.values()), *notes]: say(o)
     bench = _Bench(Classifiers(opened, origin, tokenizers), tables, seed)
-    done,left,took = _run(bench, budget, began, say, progress)
+    done,left = _run(bench, budget, began, say, progress)
     truth = {t: o.truth('test') for t,o in tables.items()}
     said = {k: bench.answers(r, 'test', scale) for k,(r,_,scale) in done.items()}
     said[chance] = commonest({t: o.truth('tune') for t,o in tables.items()}, truth)
-    about = {k: dict(kind=r.kind, needs=r.needs, setting='' if s is None else f'λ = {s}', share_when_chosen=share, seconds=round(took[k], 2))
+    about = {k: dict(kind=r.kind, needs=r.needs, setting='' if s is None else f'λ = {s}', share_when_chosen=share, seconds=round(float(np.sum(bench.seconds(r))), 2))
         for k,(r,share,s) in done.items()} | {chance: dict(kind='reference', needs='', setting='', share_when_chosen=np.nan, seconds=0.)}
     table,each = judged(said, truth, about)
     table.attrs['n'] = sum(map(len, truth.values()))
     best = _best(done, 'merge', 'SNR', 'repair')
     scale = done[best.name][2]
     five = sentences(table, list(truth), best.name, sum(len(o.parts['tune']) for o in tables.values()))
-    report = _report(five, table, left, tables, notes, best, _command(best, scale, models, base))
+    report = _report(five, table, left, tables, notes, best, _command(best, scale, models, base, seed, data))
     with atomic_folder(out) as folder:
         plan = _write_best(bench, best, scale, folder, report, opened, origin)
         _prove(bench, best, scale, folder)
