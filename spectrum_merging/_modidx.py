@@ -354,6 +354,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'spectrum_merging.compare._prove': ('compare.html#_prove', 'spectrum_merging/compare.py'),
                                           'spectrum_merging.compare._report': ('compare.html#_report', 'spectrum_merging/compare.py'),
                                           'spectrum_merging.compare._run': ('compare.html#_run', 'spectrum_merging/compare.py'),
+                                          'spectrum_merging.compare._settled': ('compare.html#_settled', 'spectrum_merging/compare.py'),
                                           'spectrum_merging.compare._spoken': ('compare.html#_spoken', 'spectrum_merging/compare.py'),
                                           'spectrum_merging.compare._write_best': ( 'compare.html#_write_best',
                                                                                     'spectrum_merging/compare.py'),

@@ -8,7 +8,7 @@ Docs: nbs/75_compare.ipynb"""
 __all__ = ['Row', 'comparison', 'seconds', 'compare']
 
 # %% ../nbs/75_compare.ipynb #00000003
-import json, numpy as np, pandas as pd, re, sys, time, torch
+import numpy as np, pandas as pd, re, sys, time, torch
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,8 @@ from .checkpoint import Checkpoint
 from . import chain # whose repairs add themselves to the rules
 from .classifiers import Classifiers, class_names, free_memory, needed_memory, open_tokenizers
 from .evaluate import control_scans, controls
-from .files import atomic, atomic_folder, cache_dir, digest
+from .files import atomic, atomic_folder, cache_dir, digest, read_json, write_json
+from .folder import sealed
 from .judged import chance, commonest, figure, ideal, judged, markdown, plain, sentences
 from .merge import check_out, load_model, merge, task_state
 from .own_data import own_data
@@ -253,7 +254,7 @@ def _best(done, *kinds):
     return max(found, key=lambda o: o[0])[1] if found else None
 
 # %% ../nbs/75_compare.ipynb #0000000f
-def _fitted_plan(paths, base, texts):
+def _fitted_plan(paths, texts):
     "A plan that takes the body from the first fitted model, and each one's head"
     plan = make_plan('standard', paths)
     t,first = plan.table.copy(),plan.models[0]
@@ -261,9 +262,15 @@ def _fitted_plan(paths, base, texts):
     t.loc[body, plan.models] = 0.
     t.loc[body, first] = 1.
     t.loc[body, 'reason'] = f'fitted on {texts} unlabelled texts'
-    return Plan(t, plan.meta)
+    return Plan(t, plan.meta | dict(notes=[f'body and heads were fitted on {texts} unlabelled texts; what is proved is that they are those in fitted/']))
 
-def _write_best(bench, row, scale, folder, report, opened, origin):
+def _settled(folder, out):
+    "Say in the manifest where fitted models will lie when all of the folder is in its place"
+    manifest = read_json(folder/'merged'/'merge.json')
+    for t,o in manifest['inputs'].items(): o['source'] = str(out.absolute()/'fitted'/t)
+    write_json(folder/'merged'/'merge.json', manifest | dict(seal=sealed(manifest)))
+
+def _write_best(bench, row, scale, folder, report, opened, origin, out):
     "The merged folder; how it is made again"
     if not row.repairs:
         plan = bench.plan(row, scale, opened, origin) if not recipe(row.strategy).rule.asks('hi') else make_plan(row.strategy, opened, origin)
@@ -273,8 +280,9 @@ def _write_best(bench, row, scale, folder, report, opened, origin):
         m.module.save_pretrained(folder/'fitted'/t)
         bench.experts.tokenizers[t].save_pretrained(folder/'fitted'/t)
     paths = {t: folder/'fitted'/t for t in bench.tasks}
-    plan = _fitted_plan(paths, None, sum(len(o['inputs']) for o in bench.data.values()))
+    plan = _fitted_plan(paths, sum(len(o['inputs']) for o in bench.data.values()))
     merge(plan, paths, None, folder/'merged', results=report)
+    _settled(folder, out)
     return plan
 
 def _prove(bench, row, scale, folder):
@@ -336,14 +344,14 @@ def compare(
     five = sentences(table, list(truth), best.name, sum(len(o.parts['tune']) for o in tables.values()))
     report = _report(five, table, left, tables, notes, best, _command(best, scale, models, base, seed, data))
     with atomic_folder(out) as folder:
-        plan = _write_best(bench, best, scale, folder, report, opened, origin)
+        plan = _write_best(bench, best, scale, folder, report, opened, origin, out)
         _prove(bench, best, scale, folder)
         plan.save(folder/'best.plan.csv')
         table.to_csv(folder/'table.csv', index=False)
         each.to_csv(folder/'per_task.csv', index=False)
         figure(table, each).savefig(folder/'figure.png', dpi=110, bbox_inches='tight')
         (folder/'report.md').write_text(report+'\n![Shares of the experts](figure.png)\n', encoding='utf-8')
-        (folder/'best.json').write_text(json.dumps(dict(row=best.name, strategy=best.strategy, scale=scale, repairs=list(best.repairs),
-            seed=seed, version=__version__, plan_digest=plan.digest), indent=1)+'\n', encoding='utf-8')
+        write_json(folder/'best.json', dict(row=best.name, strategy=best.strategy, scale=scale, repairs=list(best.repairs),
+            seed=seed, version=__version__, plan_digest=plan.digest))
     for i,o in enumerate(five): say(f'{i+1}. {o}')
     return table

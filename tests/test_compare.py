@@ -34,7 +34,7 @@ def texts(n, seed):
     return res
 
 kinds = dict(
-    distilbert=DistilBertConfig(vocab_size=len(words), dim=32, n_layers=2, n_heads=2, hidden_dim=64, max_position_embeddings=32, dropout=0., seq_classif_dropout=0.),
+    distilbert=DistilBertConfig(vocab_size=len(words), dim=32, n_layers=1, n_heads=2, hidden_dim=64, max_position_embeddings=32, dropout=0., seq_classif_dropout=0.),
     roberta=RobertaConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=34,
         pad_token_id=0, hidden_dropout_prob=0., attention_probs_dropout_prob=0.),
     electra=ElectraConfig(vocab_size=len(words), embedding_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
@@ -134,6 +134,7 @@ def test_averaging_fails(apart, home):
     assert not [k for k,r in table.iterrows() if not r.p_holm<.05 and k!='average' and r.kind in ('merge','SNR','repair') and f'{k} (' in sentence]
     best = json.loads((home/'fails/best.json').read_text())
     assert best['repairs'] and 'unlabelled texts' in report
+    assert verify(home/'fails'/'merged', all=True).ok.all()
     assert load_model(home/'fails'/'merged', 'mood').config.id2label[1]=='So-so'
 
 def test_goes_on(apart, home, monkeypatch):
@@ -219,8 +220,17 @@ def test_command(apart, home):
     models,base,data = apart
     (home/'script.py').write_text('import sys\nfrom spectrum_merging.cli import compare_cli\nsys.exit(compare_cli())\n')
     cmd = [sys.executable, home/'script.py', *(f'{t}={o}' for t,o in models.items()), '--base', base,
-        '--data', *(f'{t}={o}' for t,o in data.items()), '--out', home/'by_command', '--text', 'mood=snippet', '--label', 'mood=verdict', 'topic=code']
+        '--data', *(f'{t}={o}' for t,o in data.items()), '--out', home/'by_command', '--text', 'mood=snippet', '--label', 'mood=verdict', 'topic=code', '--budget', '2s']
     p = subprocess.run([*map(str, cmd)], capture_output=True, text=True)
     assert not p.returncode and 'Plain averaging fails' in p.stdout and (home/'by_command'/'report.md').is_file(), p.stderr
     p = subprocess.run([*map(str, cmd)], capture_output=True, text=True)
     assert p.returncode==1 and 'is not empty' in p.stderr and len(p.stderr.strip().splitlines())==1
+
+def test_three(close, home):
+    "N models; what is for two is not tried"
+    models,base,data = close
+    said = []
+    table = compare(models | dict(again=models['mood']), base, data | dict(again=data['mood']), home/'three', budget='6s', say=said.append)
+    assert {'mood','topic','again'} <= {*table} and not {'SLERP','snr_lowA'} & {*table.row}
+    assert any('mood and again hold the same numbers' in o for o in said)
+    assert load_model(home/'three'/'merged', 'again').num_labels==3
