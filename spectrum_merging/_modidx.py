@@ -1664,6 +1664,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'spectrum_merging.own_data.OwnData.truth': ( 'own_data.html#owndata.truth',
                                                                                         'spectrum_merging/own_data.py'),
                                            'spectrum_merging.own_data._cell': ('own_data.html#_cell', 'spectrum_merging/own_data.py'),
+                                           'spectrum_merging.own_data._cells': ('own_data.html#_cells', 'spectrum_merging/own_data.py'),
                                            'spectrum_merging.own_data._csv': ('own_data.html#_csv', 'spectrum_merging/own_data.py'),
                                            'spectrum_merging.own_data._fits': ('own_data.html#_fits', 'spectrum_merging/own_data.py'),
                                            'spectrum_merging.own_data._number': ('own_data.html#_number', 'spectrum_merging/own_data.py'),

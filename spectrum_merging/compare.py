@@ -331,6 +331,10 @@ def compare(
     opened,origin,tables,tokenizers,notes = _checked(models, base, data, out, text, label, seed)
     for o in [*(o.said for o in tables.values()), *notes]: say(o)
     bench = _Bench(Classifiers(opened, origin, tokenizers), tables, seed)
+    for t,o in tables.items():
+        if n := sum(len(x)>=bench.experts.longest(t) for x in bench.experts.ids(t, o.texts)):
+            notes.append(f"{t}: {n} texts reach {bench.experts.longest(t)} tokens and are cut there")
+            say(notes[-1])
     done,left = _run(bench, budget, began, say, progress)
     truth = {t: o.truth('test') for t,o in tables.items()}
     said = {k: bench.answers(r, 'test', scale) for k,(r,_,scale) in done.items()}

@@ -234,3 +234,22 @@ def test_three(close, home):
     assert {'mood','topic','again'} <= {*table} and not {'SLERP','snr_lowA'} & {*table.row}
     assert any('mood and again hold the same numbers' in o for o in said)
     assert load_model(home/'three'/'merged', 'again').num_labels==3
+
+def test_ragged_tables(tmp_path):
+    "A comma in a text without quotes would move cells: refused; a lone quote between tabs is a quote"
+    f = tmp_path/'a.csv'
+    f.write_text('label,text\npos,hello, world\n')
+    with pytest.raises(ValueError, match='row 1 .* has 3 cells'): read_table(f)
+    f = tmp_path/'a.tsv'
+    f.write_text('text\tlabel\n"so it began\tpos\nend"\tneg\n')
+    assert read_table(f).values.tolist()==[['"so it began','pos'], ['end"','neg']]
+
+def test_parts(tmp_path):
+    "Rows without a label are for repairs; a text that repeats is in one part; no more rows than are needed"
+    f = tmp_path/'a.csv'
+    pd.DataFrame(dict(t=[f'some text {i%3000}' for i in range(6000)], y=[('', 'a', 'b')[i%3] for i in range(6000)])).to_csv(f, index=False)
+    found = own_data('x', f, ['a','b'], text='t', label='y')
+    assert (found.truth('inputs')==-1).all() and len(found['inputs'])==500 and len(found['test'])==2000
+    assert not {*found['test']} & {*found['tune'], *found['inputs']}
+    assert (found.truth('test')>=0).all() and 'more are not used' in found.said
+    assert own_data('x', f, ['a','b'], seed=1).parts['test'].tolist()!=found.parts['test'].tolist()
