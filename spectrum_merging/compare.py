@@ -15,7 +15,7 @@ from pathlib import Path
 from . import __version__
 from .checkpoint import Checkpoint
 from . import chain # whose repairs add themselves to the rules
-from .classifiers import Classifiers, class_names, free_memory, needed_memory, open_tokenizers
+from .classifiers import Classifiers, class_names, free_memory, needed_memory, open_tokenizers, quiet
 from .evaluate import control_scans, controls
 from .files import atomic, atomic_folder, cache_dir, digest, read_json, write_json
 from .folder import sealed
@@ -347,7 +347,7 @@ def compare(
     scale = done[best.name][2]
     five = sentences(table, list(truth), best.name, sum(len(o.parts['tune']) for o in tables.values()))
     report = _report(five, table, left, tables, notes, best, _command(best, scale, models, base, seed, data))
-    with atomic_folder(out) as folder:
+    with atomic_folder(out) as folder, quiet():
         plan = _write_best(bench, best, scale, folder, report, opened, origin, out)
         _prove(bench, best, scale, folder)
         plan.save(folder/'best.plan.csv')

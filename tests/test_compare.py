@@ -37,7 +37,7 @@ kinds = dict(
     distilbert=DistilBertConfig(vocab_size=len(words), dim=32, n_layers=1, n_heads=2, hidden_dim=64, max_position_embeddings=32, dropout=0., seq_classif_dropout=0.),
     roberta=RobertaConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=34,
         pad_token_id=0, hidden_dropout_prob=0., attention_probs_dropout_prob=0.),
-    electra=ElectraConfig(vocab_size=len(words), embedding_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+    electra=ElectraConfig(vocab_size=len(words), embedding_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
         max_position_embeddings=32, hidden_dropout_prob=0., attention_probs_dropout_prob=0.))
 
 def with_head(base, names):
