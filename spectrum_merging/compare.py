@@ -11,6 +11,7 @@ __all__ = ['Row', 'comparison', 'seconds', 'compare']
 import numpy as np, pandas as pd, re, sys, time, torch
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from fastcore.basics import patch
 from pathlib import Path
 from . import __version__
 from .checkpoint import Checkpoint
@@ -58,8 +59,7 @@ def comparison(
         Row('ridge mean, layers matched', 'repair', 'ridge_mean', repairs=('match',), costs=4),
         Row('ridge mean, matched, heads refitted', 'repair', 'ridge_mean', repairs=('match','refit'), costs=4)]
     others = [Row(f'control: {k}', 'control', control=k) for k in controls]
-    return [Row('task arithmetic', 'merge', 'task_arithmetic', _factors), Row('ridge mean', 'merge', 'ridge_mean', costs=4),
-        *repaired, *[Row(k, 'SNR', k) for k in snr], *others[:2],
+    return [Row('ridge mean', 'merge', 'ridge_mean', costs=4), *repaired, Row('task arithmetic', 'merge', 'task_arithmetic', _factors), *[Row(k, 'SNR', k) for k in snr], *others[:2],
         Row('TIES', 'merge', 'ties', costs=4), Row('TSV-M', 'merge', 'tsv_m', costs=12), Row('Iso-C', 'merge', 'iso_c', costs=8),
         *[Row('SLERP', 'merge', 'slerp', costs=3)]*(n==2), *others[2:]]
 
@@ -94,65 +94,78 @@ class _Bench:
         while len(self.states)>2: self.states.popitem(last=False)
         return self.states[key]
 
-    def _merged(self, row, scale, repairs):
-        if repairs: return self._repaired(self.merged(row, scale, repairs[:-1]), repairs[-1])
-        found = merge(self.plan(row, scale), self.experts.modules, self.experts.base)
-        return {t: self.experts.wrapped(t, task_state(found, t)) for t in self.tasks}
+# %% ../nbs/75_compare.ipynb #00000008
+@patch
+def _merged(self:_Bench, row, scale, repairs):
+    if repairs: return self._repaired(self.merged(row, scale, repairs[:-1]), repairs[-1])
+    found = merge(self.plan(row, scale), self.experts.modules, self.experts.base)
+    return {t: self.experts.wrapped(t, task_state(found, t)) for t in self.tasks}
 
-    def _repaired(self, models, repair):
-        if not self.inputs: self.inputs = {t: self.experts.inputs(t, o['inputs']) for t,o in self.data.items()}
-        what,heads = recipe(repair, 'repair'),[f'module.{o}' for o in self.experts.heads]
-        given = dict(models=models, experts={t: self.experts.wrapped(t) for t in self.tasks}, heads=heads,
-            batches={t: o[0] for t,o in self.inputs.items()}, masks={t: o[1] for t,o in self.inputs.items()}, mixed=None)
-        with torch.no_grad(): return what(**{k: given[k] for k in what.rule.inputs})
+@patch
+def _repaired(self:_Bench, models, repair):
+    if not self.inputs: self.inputs = {t: self.experts.inputs(t, o['inputs']) for t,o in self.data.items()}
+    what,heads = recipe(repair, 'repair'),[f'module.{o}' for o in self.experts.heads]
+    given = dict(models=models, experts={t: self.experts.wrapped(t) for t in self.tasks}, heads=heads,
+        batches={t: o[0] for t,o in self.inputs.items()}, masks={t: o[1] for t,o in self.inputs.items()}, mixed=None)
+    with torch.no_grad(): return what(**{k: given[k] for k in what.rule.inputs})
 
-    def ask(self, models, part): return {t: self.experts.answers(t, models[t], self.data[t][part]) for t in self.tasks}
+@patch
+def ask(self:_Bench, models, part): return {t: self.experts.answers(t, models[t], self.data[t][part]) for t in self.tasks}
 
-    def file(self, what, part): return cache_dir()/'comparisons'/f'{digest(self.key, what, part)}.npz'
+@patch
+def file(self:_Bench, what, part): return cache_dir()/'comparisons'/f'{digest(self.key, what, part)}.npz'
 
-    def stored(self, what, part, make):
-        "`{task: classes}`; `make()` gives modules where nothing is stored"
-        path = self.file(what, part)
-        if not path.exists():
-            began = time.perf_counter()
-            models = make()
-            made = time.perf_counter()-began
-            found = {f'{i}': o for i,o in enumerate(self.ask(models, part).values())}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            took = np.array([made, time.perf_counter()-began-made])
-            with atomic(path) as tmp, open(tmp, 'wb') as f: np.savez(f, took=took, **found)
-        with np.load(path, allow_pickle=False) as f:
-            self.took[str(what), part] = f['took']
-            return {t: f[f'{i}'] for i,t in enumerate(self.tasks)}
-
-    def what(self, row, scale=None):
-        "All that a row's weights depend on beside experts and texts; JSON"
-        if row.kind=='reference': return [row.name]
-        return [row.strategy, recipe(row.strategy).version, row.control, scale, [[o, recipe(o).version] for o in row.repairs]]
-
-    def answers(self, row, part, scale=None):
-        "`{task: classes}` of a row"
-        def reference(): return {t: self.experts.wrapped(t, self.experts.base_state(t) if row.name=='base' else None) for t in self.tasks}
-        return self.stored(self.what(row, scale), part, reference if row.kind=='reference' else lambda: self.merged(row, scale, row.repairs))
-
-    def seconds(self, row):
-        "What a row took when it was measured: merges and repairs, evaluations"
-        found = [v for s in row.scales for part in ('tune','test') if (v := self.took.get((str(self.what(row, s)), part))) is not None]
-        return np.sum(found, 0)
-
-    def stands(self, row):
-        "Whether all of a row is stored already, but for what was chosen"
-        return bool(row.strategy) and all(self.file(self.what(row, s), 'tune').exists() for s in row.scales)
-
-    def share(self, row, scale=None):
-        "Mean over tasks of the experts' accuracy on the rows to choose by"
-        def right(o): return {t: float((o[t]==self.data[t].truth('tune')).mean()) for t in self.tasks}
-        mine,own = right(self.answers(row, 'tune', scale)),right(self.answers(_experts, 'tune'))
-        return float(np.mean([mine[t]/own[t] if own[t] else np.nan for t in self.tasks]))
-
-_experts,_base,_average = Row(ideal, 'reference'),Row('base', 'reference'),Row(plain, 'merge', 'standard')
+@patch
+def stored(self:_Bench, what, part, make):
+    "`{task: classes}`; `make()` gives modules where nothing is stored"
+    path = self.file(what, part)
+    if not path.exists():
+        began = time.perf_counter()
+        models = make()
+        made = time.perf_counter()-began
+        found = {f'{i}': o for i,o in enumerate(self.ask(models, part).values())}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        took = np.array([made, time.perf_counter()-began-made])
+        with atomic(path) as tmp, open(tmp, 'wb') as f: np.savez(f, took=took, **found)
+    with np.load(path, allow_pickle=False) as f:
+        self.took[str(what), part] = f['took']
+        return {t: f[f'{i}'] for i,t in enumerate(self.tasks)}
 
 # %% ../nbs/75_compare.ipynb #00000009
+@patch
+def what(self:_Bench, row, scale=None):
+    "All that a row's weights depend on beside experts and texts; JSON"
+    if row.kind=='reference': return [row.name]
+    return [row.strategy, recipe(row.strategy).version, row.control, scale, [[o, recipe(o).version] for o in row.repairs]]
+
+@patch
+def answers(self:_Bench, row, part, scale=None):
+    "`{task: classes}` of a row"
+    def reference(): return {t: self.experts.wrapped(t, self.experts.base_state(t) if row.name=='base' else None) for t in self.tasks}
+    return self.stored(self.what(row, scale), part, reference if row.kind=='reference' else lambda: self.merged(row, scale, row.repairs))
+
+@patch
+def seconds(self:_Bench, row):
+    "What a row took when it was measured: merges and repairs, evaluations"
+    found = [v for s in row.scales for part in ('tune','test') if (v := self.took.get((str(self.what(row, s)), part))) is not None]
+    return np.sum(found, 0)
+
+@patch
+def stands(self:_Bench, row):
+    "Whether all of a row is stored already, but for what was chosen"
+    return bool(row.strategy) and all(self.file(self.what(row, s), 'tune').exists() for s in row.scales)
+
+@patch
+def share(self:_Bench, row, scale=None):
+    "Mean over tasks of the experts' accuracy on the rows to choose by"
+    def right(o): return {t: float((o[t]==self.data[t].truth('tune')).mean()) for t in self.tasks}
+    mine,own = right(self.answers(row, 'tune', scale)),right(self.answers(_experts, 'tune'))
+    return float(np.mean([mine[t]/own[t] if own[t] else np.nan for t in self.tasks]))
+
+# %% ../nbs/75_compare.ipynb #0000000a
+_experts,_base,_average = Row(ideal, 'reference'),Row('base', 'reference'),Row(plain, 'merge', 'standard')
+
+# %% ../nbs/75_compare.ipynb #0000000c
 def seconds(
     text, # '10m', '90s', '1h', '2h30m' or a number of seconds
 ) -> float:
@@ -172,7 +185,7 @@ def _estimate(row, one, made):
     evaluations = (len(row.scales)+1)/2 if len(row.scales)>1 else 1
     return one*(evaluations+sum(_repair[o] for o in row.repairs))+made*row.costs*len(row.scales)
 
-# %% ../nbs/75_compare.ipynb #0000000c
+# %% ../nbs/75_compare.ipynb #0000000f
 def _checked(models, base, data, out, text, label, seed):
     "Experts' and the base's checkpoints, tables. Raises before any work"
     if len(models)<2: raise ValueError(f"{len(models)} expert given: pass two or more, each NAME=FOLDER")
@@ -197,7 +210,7 @@ def _checked(models, base, data, out, text, label, seed):
         f"{free/1e9:.2g} GB are free: end other programs, compare fewer or smaller models, or merge on disk with spectrum-merge")
     return opened,origin,tables,tokenizers,notes
 
-# %% ../nbs/75_compare.ipynb #0000000d
+# %% ../nbs/75_compare.ipynb #00000010
 class _Time:
     "A bar of seconds, on stderr"
     def __init__(self, total, progress):
@@ -213,7 +226,7 @@ def _choose(bench, row):
     found = [(bench.share(row, s), s) for s in row.scales]
     return max(found, key=lambda o: o[0])
 
-# %% ../nbs/75_compare.ipynb #0000000e
+# %% ../nbs/75_compare.ipynb #00000011
 def _run(bench, budget, began, say, progress):
     "`{row: (Row, share, scale)}` of all that was measured, `{row: why}` of what was not"
     for o in _experts,_base,_average:
@@ -248,12 +261,13 @@ def _run(bench, budget, began, say, progress):
     clock.bar.close()
     return done,left
 
+# %% ../nbs/75_compare.ipynb #00000012
 def _best(done, *kinds):
     "The row with the largest share on the rows to choose by; the first of equals"
     found = [(share, row) for row,share,_ in done.values() if row.kind in kinds and share==share]
     return max(found, key=lambda o: o[0])[1] if found else None
 
-# %% ../nbs/75_compare.ipynb #0000000f
+# %% ../nbs/75_compare.ipynb #00000013
 def _fitted_plan(paths, texts):
     "A plan that takes the body from the first fitted model, and each one's head"
     plan = make_plan('standard', paths)
@@ -294,7 +308,7 @@ def _prove(bench, row, scale, folder):
         # bf16 and fp16 experts are judged in fp32 and written as they were: a few answers may turn
         if same<.97: raise RuntimeError(f"the merged folder answers {t} otherwise than the row {row.name} did ({same:.3f} the same): not written")
 
-# %% ../nbs/75_compare.ipynb #00000010
+# %% ../nbs/75_compare.ipynb #00000014
 def _report(five, table, left, data, notes, best, command):
     "Markdown: sentences, the table, what was left out, what was read"
     shown = table.drop(columns=['p','kind','seconds'])
@@ -313,6 +327,7 @@ def _command(row, scale, models, base, seed, data):
     factor = '' if scale is None else f' --scale {scale}'
     return f"spectrum-merge {named}{origin if recipe(row.strategy).rule.base or factor or recipe(row.strategy).rule.asks('snr') else ''} --strategy '{row.strategy}'{factor} --out …"
 
+# %% ../nbs/75_compare.ipynb #00000015
 def compare(
     models:dict, # `{task: folder}` of `…ForSequenceClassification`
     base, # The model that they were fine-tuned from: folder or hub id

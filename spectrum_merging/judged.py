@@ -104,6 +104,7 @@ def _controls(table):
     return (f"{told}; {', '.join(c.row)}, which choose layers without looking at signal, keep up to {most.mean_share:.3f}"
         + ("." if top.mean_share>most.mean_share else ": SNR is not what helps here."))
 
+# %% ../nbs/74_judged.ipynb #00000009
 def sentences(
     table:pd.DataFrame, # From `judged`
     tasks:list, # Their names
@@ -124,7 +125,7 @@ def sentences(
         f"another base, task or seed may order the rows otherwise.")
     return [first, _of_average(by, tasks), _differing(table), _controls(table), few]
 
-# %% ../nbs/74_judged.ipynb #0000000a
+# %% ../nbs/74_judged.ipynb #0000000b
 def markdown(
     df:pd.DataFrame,
 ) -> str:

@@ -42,6 +42,7 @@ def _objects(path, text):
 
 def _cell(v): return '' if v is None or isinstance(v, float) and np.isnan(v) else v if isinstance(v, str) else str(v)
 
+# %% ../nbs/72_own_data.ipynb #00000006
 _kinds = {'.csv': _csv, '.tsv': _csv, '.jsonl': _objects, '.ndjson': _objects, '.json': _objects}
 
 def read_table(
@@ -66,7 +67,7 @@ def read_table(
     if df.columns.duplicated().any(): raise ValueError(f"{path} has the column {df.columns[df.columns.duplicated()][0]!r} twice: rename one")
     return df.map(_cell)
 
-# %% ../nbs/72_own_data.ipynb #00000007
+# %% ../nbs/72_own_data.ipynb #00000008
 def _plain(o): return re.sub(r'[\s_-]+', ' ', o.casefold()).strip()
 
 def _number(o): return int(float(o)) if re.fullmatch(r'\s*\d{1,6}(\.0*)?\s*', o) else None
@@ -88,7 +89,7 @@ def class_numbers(
     raise ValueError(f"labels {', '.join(repr(o[:40]) for o in odd[:4])}{', …' if len(odd)>4 else ''} are not known to the expert: "
         f"its classes are {', '.join(map(str, names[:8]))}{', …' if len(names)>8 else ''}{hint}")
 
-# %% ../nbs/72_own_data.ipynb #0000000a
+# %% ../nbs/72_own_data.ipynb #0000000b
 _label_names = 'label','labels','class','category','target','gold','sentiment','topic','intent','emotion','y'
 _text_names = 'text','sentence','content','review','tweet','comment','body','document','message','headline','title','utterance','question'
 
@@ -139,7 +140,7 @@ def text_column(
         raise ValueError(f"{path}: no column looks like texts; columns are {', '.join(df.columns[:12])}: say which with --text")
     return one,[c for c in like if c!=one]
 
-# %% ../nbs/72_own_data.ipynb #0000000c
+# %% ../nbs/72_own_data.ipynb #0000000d
 # Rows with labels at least: half of them are tested, and ten that only one of two merges has right are the
 # fewest that can stay significant beside twenty other comparisons.
 _fewest = 40
@@ -186,7 +187,7 @@ def deal(
         res[part] += g
     return {k: np.array(v, int) for k,v in res.items()}
 
-# %% ../nbs/72_own_data.ipynb #0000000e
+# %% ../nbs/72_own_data.ipynb #0000000f
 def own_data(
     task:str, # Its name, for messages
     path, # Table
