@@ -10,6 +10,7 @@ __all__ = ['quiet', 'class_names', 'open_tokenizers', 'free_memory', 'needed_mem
 # %% ../nbs/73_classifiers.ipynb #00000003
 import copy, numpy as np, torch
 from contextlib import contextmanager
+from fastcore.basics import patch
 from pathlib import Path
 from torch import nn
 from .checkpoint import Checkpoint
@@ -157,45 +158,50 @@ class Classifiers:
         most = (getattr(config, 'max_position_embeddings', None) or _longest)-1-(tok.pad_token_id or 0)
         return max(8, min(_longest, tok.model_max_length, most))
 
-    def ids(self, task, texts, most=None):
-        with quiet(): return self.tokenizers[task](list(texts), truncation=True, max_length=min(most or _longest, self.longest(task)))['input_ids']
+# %% ../nbs/73_classifiers.ipynb #0000000a
+@patch
+def ids(self:Classifiers, task, texts, most=None):
+    with quiet(): return self.tokenizers[task](list(texts), truncation=True, max_length=min(most or _longest, self.longest(task)))['input_ids']
 
-    def padded(self, task, ids):
-        "(n, 2, tokens) ids and mask"
-        with quiet(): o = self.tokenizers[task].pad(dict(input_ids=ids), return_tensors='pt', padding_side='right')
-        return torch.stack([o['input_ids'], o['attention_mask']], 1)
+@patch
+def padded(self:Classifiers, task, ids):
+    "(n, 2, tokens) ids and mask"
+    with quiet(): o = self.tokenizers[task].pad(dict(input_ids=ids), return_tensors='pt', padding_side='right')
+    return torch.stack([o['input_ids'], o['attention_mask']], 1)
 
-    def batches(self, task, texts, size=64):
-        "`(numbers, ids and mask)` of texts of like length; made once"
-        key = task,digest(list(texts))
-        if key not in self.found:
-            ids = self.ids(task, texts)
-            order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-            parts = [order[i:i+size] for i in range(0, len(order), size)]
-            self.found[key] = [(ix, self.padded(task, [ids[i] for i in ix])) for ix in parts]
-        return self.found[key]
+@patch
+def batches(self:Classifiers, task, texts, size=64):
+    "`(numbers, ids and mask)` of texts of like length; made once"
+    key = task,digest(list(texts))
+    if key not in self.found:
+        ids = self.ids(task, texts)
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        parts = [order[i:i+size] for i in range(0, len(order), size)]
+        self.found[key] = [(ix, self.padded(task, [ids[i] for i in ix])) for ix in parts]
+    return self.found[key]
 
-    @torch.inference_mode()
-    def answers(self, task, module, texts):
-        "(n,) classes. Raises `ValueError` for NaN and Inf"
-        res = np.zeros(len(texts), int)
-        for ix,x in self.batches(task, texts):
-            z = module(x)
-            if not z.isfinite().all(): raise ValueError("it answers NaN or Inf")
-            res[ix] = z.argmax(1).numpy()
-        return res
+@patch
+def answers(self:Classifiers, task, module, texts):
+    "(n,) classes. Raises `ValueError` for NaN and Inf"
+    res = np.zeros(len(texts), int)
+    for ix,x in self.batches(task, texts):
+        with torch.inference_mode(): z = module(x)
+        if not z.isfinite().all(): raise ValueError("it answers NaN or Inf")
+        res[ix] = z.argmax(1).numpy()
+    return res
 
-    def inputs(self, task, texts, size=50):
-        "Batches of unlabelled texts for repairs, and the masks of what is no padding"
-        ids = sorted(self.ids(task, texts, _told), key=len, reverse=True)
-        parts = [ids[i:i+size] for i in range(0, len(ids), size)]
-        found = [self.padded(task, parts[i]) for i in np.random.default_rng(0).permutation(len(parts))]
-        return found,[o[:,1].bool() for o in found]
+@patch
+def inputs(self:Classifiers, task, texts, size=50):
+    "Batches of unlabelled texts for repairs, and the masks of what is no padding"
+    ids = sorted(self.ids(task, texts, _told), key=len, reverse=True)
+    parts = [ids[i:i+size] for i in range(0, len(ids), size)]
+    found = [self.padded(task, parts[i]) for i in np.random.default_rng(0).permutation(len(parts))]
+    return found,[o[:,1].bool() for o in found]
 
-    @property
-    def key(self):
-        "Hash of weights, configurations and tokenizers"
-        def one(o): return sorted(known_sha256([*o.files, *[p for p in (o.folder/'config.json',) if p.exists()]]).values()) if o.folder else (
-            sorted(known_sha256(o.files).values()))
-        words = [t.backend_tokenizer.to_str() if t.is_fast else sorted(t.get_vocab().items()) for t in self.tokenizers.values()]
-        return digest([[t, one(o)] for t,o in self.paths.items()], one(self.base), words)
+@patch(as_prop=True)
+def key(self:Classifiers):
+    "Hash of weights, configurations and tokenizers"
+    def one(o): return sorted(known_sha256([*o.files, *[p for p in (o.folder/'config.json',) if p.exists()]]).values()) if o.folder else (
+        sorted(known_sha256(o.files).values()))
+    words = [t.backend_tokenizer.to_str() if t.is_fast else sorted(t.get_vocab().items()) for t in self.tokenizers.values()]
+    return digest([[t, one(o)] for t,o in self.paths.items()], one(self.base), words)

@@ -270,6 +270,8 @@ def compare_cli(
     for what,o in dict(models=models, data=data).items():
         if not isinstance(o, dict): raise CliError(f"{what} {', '.join(o)}: name each task, for instance mood={o[0]}")
     columns = dict(text=_columns(text), label=_columns(label))
+    from spectrum_merging.merge import check_out
+    check_out(out) # before what takes seconds to import
     from spectrum_merging.compare import compare, seconds
     seconds(budget)
     def say(o): print(_shown(o), flush=True)

@@ -8,16 +8,18 @@ Docs: nbs/75_compare.ipynb"""
 __all__ = ['Row', 'comparison', 'seconds', 'compare']
 
 # %% ../nbs/75_compare.ipynb #00000003
-import json, numpy as np, pandas as pd, re, sys, time, torch
+import numpy as np, pandas as pd, re, sys, time, torch
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from fastcore.basics import patch
 from pathlib import Path
 from . import __version__
 from .checkpoint import Checkpoint
 from . import chain # whose repairs add themselves to the rules
-from .classifiers import Classifiers, class_names, free_memory, needed_memory, open_tokenizers
+from .classifiers import Classifiers, class_names, free_memory, needed_memory, open_tokenizers, quiet
 from .evaluate import control_scans, controls
-from .files import atomic, atomic_folder, cache_dir, digest
+from .files import atomic, atomic_folder, cache_dir, digest, read_json, write_json
+from .folder import sealed
 from .judged import chance, commonest, figure, ideal, judged, markdown, plain, sentences
 from .merge import check_out, load_model, merge, task_state
 from .own_data import own_data
@@ -57,8 +59,7 @@ def comparison(
         Row('ridge mean, layers matched', 'repair', 'ridge_mean', repairs=('match',), costs=4),
         Row('ridge mean, matched, heads refitted', 'repair', 'ridge_mean', repairs=('match','refit'), costs=4)]
     others = [Row(f'control: {k}', 'control', control=k) for k in controls]
-    return [Row('task arithmetic', 'merge', 'task_arithmetic', _factors), Row('ridge mean', 'merge', 'ridge_mean', costs=4),
-        *repaired, *[Row(k, 'SNR', k) for k in snr], *others[:2],
+    return [Row('ridge mean', 'merge', 'ridge_mean', costs=4), *repaired, Row('task arithmetic', 'merge', 'task_arithmetic', _factors), *[Row(k, 'SNR', k) for k in snr], *others[:2],
         Row('TIES', 'merge', 'ties', costs=4), Row('TSV-M', 'merge', 'tsv_m', costs=12), Row('Iso-C', 'merge', 'iso_c', costs=8),
         *[Row('SLERP', 'merge', 'slerp', costs=3)]*(n==2), *others[2:]]
 
@@ -69,7 +70,7 @@ class _Bench:
         self.experts,self.data,self.seed,self.tasks = experts,data,seed,list(data)
         self.key = digest(__version__, experts.key, seed, {t: o.texts for t,o in data.items()},
             {t: {k: v.tolist() for k,v in o.parts.items()} for t,o in data.items()})
-        self.scans,self.inputs,self.states = None,None,OrderedDict()
+        self.scans,self.inputs,self.states,self.took = None,None,OrderedDict(),{}
 
     def measured(self):
         "`{task: scan(...)}`, made once"
@@ -93,47 +94,78 @@ class _Bench:
         while len(self.states)>2: self.states.popitem(last=False)
         return self.states[key]
 
-    def _merged(self, row, scale, repairs):
-        if repairs: return self._repaired(self.merged(row, scale, repairs[:-1]), repairs[-1])
-        found = merge(self.plan(row, scale), self.experts.modules, self.experts.base)
-        return {t: self.experts.wrapped(t, task_state(found, t)) for t in self.tasks}
+# %% ../nbs/75_compare.ipynb #00000008
+@patch
+def _merged(self:_Bench, row, scale, repairs):
+    if repairs: return self._repaired(self.merged(row, scale, repairs[:-1]), repairs[-1])
+    found = merge(self.plan(row, scale), self.experts.modules, self.experts.base)
+    return {t: self.experts.wrapped(t, task_state(found, t)) for t in self.tasks}
 
-    def _repaired(self, models, repair):
-        if not self.inputs: self.inputs = {t: self.experts.inputs(t, o['inputs']) for t,o in self.data.items()}
-        what,heads = recipe(repair, 'repair'),[f'module.{o}' for o in self.experts.heads]
-        given = dict(models=models, experts={t: self.experts.wrapped(t) for t in self.tasks}, heads=heads,
-            batches={t: o[0] for t,o in self.inputs.items()}, masks={t: o[1] for t,o in self.inputs.items()}, mixed=None)
-        with torch.no_grad(): return what(**{k: given[k] for k in what.rule.inputs})
+@patch
+def _repaired(self:_Bench, models, repair):
+    if not self.inputs: self.inputs = {t: self.experts.inputs(t, o['inputs']) for t,o in self.data.items()}
+    what,heads = recipe(repair, 'repair'),[f'module.{o}' for o in self.experts.heads]
+    given = dict(models=models, experts={t: self.experts.wrapped(t) for t in self.tasks}, heads=heads,
+        batches={t: o[0] for t,o in self.inputs.items()}, masks={t: o[1] for t,o in self.inputs.items()}, mixed=None)
+    with torch.no_grad(): return what(**{k: given[k] for k in what.rule.inputs})
 
-    def ask(self, models, part): return {t: self.experts.answers(t, models[t], self.data[t][part]) for t in self.tasks}
+@patch
+def ask(self:_Bench, models, part): return {t: self.experts.answers(t, models[t], self.data[t][part]) for t in self.tasks}
 
-    def stored(self, what, part, make):
-        "`{task: classes}`; `make()` gives modules where nothing is stored"
-        path = cache_dir()/'comparisons'/f'{digest(self.key, what, part)}.npz'
-        if path.exists():
-            with np.load(path, allow_pickle=False) as f: return {t: f[f'{i}'] for i,t in enumerate(self.tasks)}
-        res = self.ask(make(), part)
+@patch
+def file(self:_Bench, what, part): return cache_dir()/'comparisons'/f'{digest(self.key, what, part)}.npz'
+
+@patch
+def stored(self:_Bench, what, part, make):
+    "`{task: classes}`; `make()` gives modules where nothing is stored"
+    path = self.file(what, part)
+    if not path.exists():
+        began = time.perf_counter()
+        models = make()
+        made = time.perf_counter()-began
+        found = {f'{i}': o for i,o in enumerate(self.ask(models, part).values())}
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(path) as tmp, open(tmp, 'wb') as f: np.savez(f, **{f'{i}': res[t] for i,t in enumerate(self.tasks)})
-        return res
-
-    def answers(self, row, part, scale=None):
-        "`{task: classes}` of a row"
-        if row.kind=='reference':
-            def make(): return {t: self.experts.wrapped(t, self.experts.base_state(t) if row.name=='base' else None) for t in self.tasks}
-            return self.stored([row.name], part, make)
-        what = [row.strategy, recipe(row.strategy).version, row.control, scale, [[o, recipe(o).version] for o in row.repairs]]
-        return self.stored(what, part, lambda: self.merged(row, scale, row.repairs))
-
-    def share(self, row, scale=None):
-        "Mean over tasks of the experts' accuracy on the rows to choose by"
-        def right(o): return {t: float((o[t]==self.data[t].truth('tune')).mean()) for t in self.tasks}
-        mine,own = right(self.answers(row, 'tune', scale)),right(self.answers(_experts, 'tune'))
-        return float(np.mean([mine[t]/own[t] if own[t] else np.nan for t in self.tasks]))
-
-_experts,_base,_average = Row(ideal, 'reference'),Row('base', 'reference'),Row(plain, 'merge', 'standard')
+        took = np.array([made, time.perf_counter()-began-made])
+        with atomic(path) as tmp, open(tmp, 'wb') as f: np.savez(f, took=took, **found)
+    with np.load(path, allow_pickle=False) as f:
+        self.took[str(what), part] = f['took']
+        return {t: f[f'{i}'] for i,t in enumerate(self.tasks)}
 
 # %% ../nbs/75_compare.ipynb #00000009
+@patch
+def what(self:_Bench, row, scale=None):
+    "All that a row's weights depend on beside experts and texts; JSON"
+    if row.kind=='reference': return [row.name]
+    return [row.strategy, recipe(row.strategy).version, row.control, scale, [[o, recipe(o).version] for o in row.repairs]]
+
+@patch
+def answers(self:_Bench, row, part, scale=None):
+    "`{task: classes}` of a row"
+    def reference(): return {t: self.experts.wrapped(t, self.experts.base_state(t) if row.name=='base' else None) for t in self.tasks}
+    return self.stored(self.what(row, scale), part, reference if row.kind=='reference' else lambda: self.merged(row, scale, row.repairs))
+
+@patch
+def seconds(self:_Bench, row):
+    "What a row took when it was measured: merges and repairs, evaluations"
+    found = [v for s in row.scales for part in ('tune','test') if (v := self.took.get((str(self.what(row, s)), part))) is not None]
+    return np.sum(found, 0)
+
+@patch
+def stands(self:_Bench, row):
+    "Whether all of a row is stored already, but for what was chosen"
+    return bool(row.strategy) and all(self.file(self.what(row, s), 'tune').exists() for s in row.scales)
+
+@patch
+def share(self:_Bench, row, scale=None):
+    "Mean over tasks of the experts' accuracy on the rows to choose by"
+    def right(o): return {t: float((o[t]==self.data[t].truth('tune')).mean()) for t in self.tasks}
+    mine,own = right(self.answers(row, 'tune', scale)),right(self.answers(_experts, 'tune'))
+    return float(np.mean([mine[t]/own[t] if own[t] else np.nan for t in self.tasks]))
+
+# %% ../nbs/75_compare.ipynb #0000000a
+_experts,_base,_average = Row(ideal, 'reference'),Row('base', 'reference'),Row(plain, 'merge', 'standard')
+
+# %% ../nbs/75_compare.ipynb #0000000c
 def seconds(
     text, # '10m', '90s', '1h', '2h30m' or a number of seconds
 ) -> float:
@@ -143,17 +175,17 @@ def seconds(
     if not n>0: raise ValueError(f"budget is {text!r}: pass a time like 10m, 90s or 1h30m")
     return n
 
-def _spoken(s): return f'{s:.0f} s' if s<100 else f'{s/60:.1f} min'
+def _spoken(s): return f'{s:.2g} s' if s<10 else f'{s:.0f} s' if s<100 else f'{s/60:.1f} min'
 
 # A repair asks experts and merge once for its texts, a layer at a time, and solves for every layer (measured: MiniLM).
 _repair = dict(match=2.5, refit=.7)
 
-def _estimate(row, one, made, scanned):
+def _estimate(row, one, made):
     "Seconds that a row takes"
     evaluations = (len(row.scales)+1)/2 if len(row.scales)>1 else 1
-    return one*(evaluations+sum(_repair[o] for o in row.repairs))+made*row.costs*len(row.scales)+scanned*(row.kind=='SNR')
+    return one*(evaluations+sum(_repair[o] for o in row.repairs))+made*row.costs*len(row.scales)
 
-# %% ../nbs/75_compare.ipynb #0000000c
+# %% ../nbs/75_compare.ipynb #0000000f
 def _checked(models, base, data, out, text, label, seed):
     "Experts' and the base's checkpoints, tables. Raises before any work"
     if len(models)<2: raise ValueError(f"{len(models)} expert given: pass two or more, each NAME=FOLDER")
@@ -163,6 +195,7 @@ def _checked(models, base, data, out, text, label, seed):
     for what,o in dict(text=text, label=label).items():
         if isinstance(o, dict) and (odd := [t for t in o if t not in models]):
             raise ValueError(f"--{what} names {odd[0]!r}, which is no task: experts are {', '.join(models)}")
+    check_out(out)
     opened,origin = {t: Checkpoint(o) for t,o in models.items()},Checkpoint(base)
     check_out(out, [*opened.values(), origin])
     names = {t: class_names(t, o) for t,o in opened.items()}
@@ -173,44 +206,34 @@ def _checked(models, base, data, out, text, label, seed):
     preflight(named, aligned, out=out)
     notes += slips(named, aligned)
     need,free = needed_memory(opened),free_memory()
-    if free is not None and need>free: raise MemoryError(f"{len(opened)} experts and their merges take {need/1e9:.1f} GB in memory, "
-        f"{free/1e9:.1f} GB are free")
+    if free is not None and need>free: raise ValueError(f"{len(opened)} experts, base and merges take {need/1e9:.2g} GB in memory, "
+        f"{free/1e9:.2g} GB are free: end other programs, compare fewer or smaller models, or merge on disk with spectrum-merge")
     return opened,origin,tables,tokenizers,notes
 
-# %% ../nbs/75_compare.ipynb #0000000d
+# %% ../nbs/75_compare.ipynb #00000010
 class _Time:
-    "A bar of seconds, on stderr, and how long rows took"
+    "A bar of seconds, on stderr"
     def __init__(self, total, progress):
-        self.took = {}
         self.bar = Bar(total=round(total, 1), desc='compare', disable=not progress, file=sys.stderr, leave=False,
             bar_format='{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}')
     def run(self, row, cost, f):
         self.bar.set_description(row.name)
-        began = time.perf_counter()
         try: return f()
-        finally:
-            self.took[row.name] = time.perf_counter()-began
-            self.bar.update(cost)
+        finally: self.bar.update(cost)
 
 def _choose(bench, row):
     "`(share, scale)`: the best factor on the rows to choose by, the first of equals"
     found = [(bench.share(row, s), s) for s in row.scales]
     return max(found, key=lambda o: o[0])
 
-def _measure(bench, row, time_):
-    began = time.perf_counter()
-    bench.answers(row, 'tune'),bench.answers(row, 'test')
-    time_[row.name] = time.perf_counter()-began
-
-# %% ../nbs/75_compare.ipynb #0000000e
+# %% ../nbs/75_compare.ipynb #00000011
 def _run(bench, budget, began, say, progress):
-    "`{row: (Row, share, scale)}` of all that was measured, `{row: why}` of what was not, seconds"
-    took = {}
-    for o in _experts,_base,_average: _measure(bench, o, took)
-    one = min(took[ideal], took['base'])
-    made = max(.01, took[plain]-one)
+    "`{row: (Row, share, scale)}` of all that was measured, `{row: why}` of what was not"
+    for o in _experts,_base,_average:
+        for part in 'tune','test': bench.answers(o, part)
+    one,made = bench.seconds(_base)[1],max(.01, bench.seconds(_average)[0])
     todo = comparison(len(bench.tasks))
-    cost = {o.name: _estimate(o, one, made, 0) for o in todo}
+    cost = {o.name: .01 if bench.stands(o) else _estimate(o, one, made) for o in todo}
     left,room,fits = {},budget-(time.perf_counter()-began),[]
     for o in todo:
         if cost[o.name]<=room:
@@ -236,15 +259,16 @@ def _run(bench, budget, began, say, progress):
         try: done[o.name] = clock.run(o, cost[o.name], f)
         except (ValueError, RuntimeError) as e: left[o.name] = ' '.join(str(e).split())[:200]
     clock.bar.close()
-    return done,left,took | clock.took
+    return done,left
 
+# %% ../nbs/75_compare.ipynb #00000012
 def _best(done, *kinds):
     "The row with the largest share on the rows to choose by; the first of equals"
     found = [(share, row) for row,share,_ in done.values() if row.kind in kinds and share==share]
     return max(found, key=lambda o: o[0])[1] if found else None
 
-# %% ../nbs/75_compare.ipynb #0000000f
-def _fitted_plan(paths, base, texts):
+# %% ../nbs/75_compare.ipynb #00000013
+def _fitted_plan(paths, texts):
     "A plan that takes the body from the first fitted model, and each one's head"
     plan = make_plan('standard', paths)
     t,first = plan.table.copy(),plan.models[0]
@@ -252,9 +276,15 @@ def _fitted_plan(paths, base, texts):
     t.loc[body, plan.models] = 0.
     t.loc[body, first] = 1.
     t.loc[body, 'reason'] = f'fitted on {texts} unlabelled texts'
-    return Plan(t, plan.meta)
+    return Plan(t, plan.meta | dict(notes=[f'body and heads were fitted on {texts} unlabelled texts; what is proved is that they are those in fitted/']))
 
-def _write_best(bench, row, scale, folder, report, opened, origin):
+def _settled(folder, out):
+    "Say in the manifest where fitted models will lie when all of the folder is in its place"
+    manifest = read_json(folder/'merged'/'merge.json')
+    for t,o in manifest['inputs'].items(): o['source'] = str(out.absolute()/'fitted'/t)
+    write_json(folder/'merged'/'merge.json', manifest | dict(seal=sealed(manifest)))
+
+def _write_best(bench, row, scale, folder, report, opened, origin, out):
     "The merged folder; how it is made again"
     if not row.repairs:
         plan = bench.plan(row, scale, opened, origin) if not recipe(row.strategy).rule.asks('hi') else make_plan(row.strategy, opened, origin)
@@ -264,8 +294,9 @@ def _write_best(bench, row, scale, folder, report, opened, origin):
         m.module.save_pretrained(folder/'fitted'/t)
         bench.experts.tokenizers[t].save_pretrained(folder/'fitted'/t)
     paths = {t: folder/'fitted'/t for t in bench.tasks}
-    plan = _fitted_plan(paths, None, sum(len(o['inputs']) for o in bench.data.values()))
+    plan = _fitted_plan(paths, sum(len(o['inputs']) for o in bench.data.values()))
     merge(plan, paths, None, folder/'merged', results=report)
+    _settled(folder, out)
     return plan
 
 def _prove(bench, row, scale, folder):
@@ -277,7 +308,7 @@ def _prove(bench, row, scale, folder):
         # bf16 and fp16 experts are judged in fp32 and written as they were: a few answers may turn
         if same<.97: raise RuntimeError(f"the merged folder answers {t} otherwise than the row {row.name} did ({same:.3f} the same): not written")
 
-# %% ../nbs/75_compare.ipynb #00000010
+# %% ../nbs/75_compare.ipynb #00000014
 def _report(five, table, left, data, notes, best, command):
     "Markdown: sentences, the table, what was left out, what was read"
     shown = table.drop(columns=['p','kind','seconds'])
@@ -287,11 +318,16 @@ def _report(five, table, left, data, notes, best, command):
         *(['## Left out', '', *[f'- {k}: {v}' for k,v in left.items()], ''] if left else []),
         '## Data', '', *[f'- {o.said}' for o in data.values()], *[f'- {o}' for o in notes], '', '## Made again by', '', f'    {command}', ''])
 
-def _command(row, scale, models, base):
-    named = ' '.join(f'{t}={o}' for t,o in models.items())
-    if not row.repairs: return f"spectrum-merge {named} --base {base} --strategy '{row.strategy}'"+(f' --scale {scale}' if scale is not None else '')+' --out …'
-    return f"merge by '{row.strategy}', then {', '.join(row.repairs)} (match_layers, match_heads) on the unlabelled texts, seed in best.json"
+def _command(row, scale, models, base, seed, data):
+    "The command line that makes the best merge again"
+    named,origin = ' '.join(f'{t}={o}' for t,o in models.items()),f' --base {base}'
+    if row.repairs:
+        tables = ' '.join(f'{t}={o}' for t,o in data.items())
+        return f'spectrum-compare {named}{origin} --data {tables} --seed {seed} --out …'
+    factor = '' if scale is None else f' --scale {scale}'
+    return f"spectrum-merge {named}{origin if recipe(row.strategy).rule.base or factor or recipe(row.strategy).rule.asks('snr') else ''} --strategy '{row.strategy}'{factor} --out …"
 
+# %% ../nbs/75_compare.ipynb #00000015
 def compare(
     models:dict, # `{task: folder}` of `…ForSequenceClassification`
     base, # The model that they were fine-tuned from: folder or hub id
@@ -305,32 +341,36 @@ def compare(
     say=print, # What is told what is guessed and what fits
     progress:bool=False, # Show a bar on stderr
 ) -> pd.DataFrame: # The table
-    "Merge, repair, judge, write. Raises `ValueError`, `OSError`, `MemoryError` before any work"
+    "Merge, repair, judge, write. Raises `ValueError`, `OSError` before any work"
     began,budget,out = time.perf_counter(),seconds(budget),Path(out).expanduser()
     opened,origin,tables,tokenizers,notes = _checked(models, base, data, out, text, label, seed)
     for o in [*(o.said for o in tables.values()), *notes]: say(o)
     bench = _Bench(Classifiers(opened, origin, tokenizers), tables, seed)
-    done,left,took = _run(bench, budget, began, say, progress)
+    for t,o in tables.items():
+        if n := sum(len(x)>=bench.experts.longest(t) for x in bench.experts.ids(t, o.texts)):
+            notes.append(f"{t}: {n} texts reach {bench.experts.longest(t)} tokens and are cut there")
+            say(notes[-1])
+    done,left = _run(bench, budget, began, say, progress)
     truth = {t: o.truth('test') for t,o in tables.items()}
     said = {k: bench.answers(r, 'test', scale) for k,(r,_,scale) in done.items()}
     said[chance] = commonest({t: o.truth('tune') for t,o in tables.items()}, truth)
-    about = {k: dict(kind=r.kind, needs=r.needs, setting='' if s is None else f'λ = {s}', share_when_chosen=share, seconds=round(took[k], 2))
+    about = {k: dict(kind=r.kind, needs=r.needs, setting='' if s is None else f'λ = {s}', share_when_chosen=share, seconds=round(float(np.sum(bench.seconds(r))), 2))
         for k,(r,share,s) in done.items()} | {chance: dict(kind='reference', needs='', setting='', share_when_chosen=np.nan, seconds=0.)}
     table,each = judged(said, truth, about)
     table.attrs['n'] = sum(map(len, truth.values()))
     best = _best(done, 'merge', 'SNR', 'repair')
     scale = done[best.name][2]
     five = sentences(table, list(truth), best.name, sum(len(o.parts['tune']) for o in tables.values()))
-    report = _report(five, table, left, tables, notes, best, _command(best, scale, models, base))
-    with atomic_folder(out) as folder:
-        plan = _write_best(bench, best, scale, folder, report, opened, origin)
+    report = _report(five, table, left, tables, notes, best, _command(best, scale, models, base, seed, data))
+    with atomic_folder(out) as folder, quiet():
+        plan = _write_best(bench, best, scale, folder, report, opened, origin, out)
         _prove(bench, best, scale, folder)
         plan.save(folder/'best.plan.csv')
         table.to_csv(folder/'table.csv', index=False)
         each.to_csv(folder/'per_task.csv', index=False)
         figure(table, each).savefig(folder/'figure.png', dpi=110, bbox_inches='tight')
         (folder/'report.md').write_text(report+'\n![Shares of the experts](figure.png)\n', encoding='utf-8')
-        (folder/'best.json').write_text(json.dumps(dict(row=best.name, strategy=best.strategy, scale=scale, repairs=list(best.repairs),
-            seed=seed, version=__version__, plan_digest=plan.digest), indent=1)+'\n', encoding='utf-8')
+        write_json(folder/'best.json', dict(row=best.name, strategy=best.strategy, scale=scale, repairs=list(best.repairs),
+            seed=seed, version=__version__, plan_digest=plan.digest))
     for i,o in enumerate(five): say(f'{i+1}. {o}')
     return table

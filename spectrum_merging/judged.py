@@ -77,7 +77,7 @@ def _of_average(by, tasks):
     loss = f"{100*abs(e.difference):.1f} points below the experts, 95 % interval [{100*e.lo:.1f}, {100*e.hi:.1f}]"
     if not e.p_holm<level:
         return (f"Plain averaging cannot be told from the experts here: {a.mean_share:.3f} of their accuracy "
-            f"({_shares(a, tasks, e)}; the experts are {_points(e | dict(row=ideal))} away).")
+            f"({_shares(a, tasks, e)}; the experts are {_points(e)} away).")
     if e.difference<0: return f"Plain averaging is better than the experts ({_shares(a, tasks, e)}), which is rare: look at the experts."
     how = "Plain averaging fails" if a.worst_share<_failed else "Plain averaging loses a little"
     return f"{how}: it keeps {a.mean_share:.3f} of the experts' accuracy ({_shares(a, tasks, e)}), {loss}."
@@ -104,6 +104,7 @@ def _controls(table):
     return (f"{told}; {', '.join(c.row)}, which choose layers without looking at signal, keep up to {most.mean_share:.3f}"
         + ("." if top.mean_share>most.mean_share else ": SNR is not what helps here."))
 
+# %% ../nbs/74_judged.ipynb #00000009
 def sentences(
     table:pd.DataFrame, # From `judged`
     tasks:list, # Their names
@@ -117,18 +118,19 @@ def sentences(
         ", significant" if b.p_holm<level else ", which chance explains as well")
     first = (f"Best on the {chosen_by:,} rows to choose by is {best} (needs: {b.needs}): on {n:,} other rows it keeps {b.mean_share:.3f} "
         f"of the experts' accuracy ({_shares(b, tasks, e)}){versus}.")
-    half = (table.hi-table.lo)[~table.row.isin([plain, chance])].median()/2
-    few = (f"With {n:,} tested rows a row's difference is known to about ±{100*half:.1f} points (half the median interval), "
+    # where two rows never differ, three in n is what may be missed (rule of three, https://doi.org/10.1001/jama.1983.03330370053031)
+    half = max(3/n, (table.hi-table.lo)[~table.row.isin([plain, chance])].median()/2)
+    few = (f"With {n:,} tested rows a row's difference is known to about ±{100*half:.1f} points, "
         f"so smaller ones cannot be told from chance; all of it is one seed of each expert and one sample of texts, and "
         f"another base, task or seed may order the rows otherwise.")
     return [first, _of_average(by, tasks), _differing(table), _controls(table), few]
 
-# %% ../nbs/74_judged.ipynb #0000000a
+# %% ../nbs/74_judged.ipynb #0000000b
 def markdown(
     df:pd.DataFrame,
 ) -> str:
     "A table in Markdown"
-    def cell(v): return '' if v is None or isinstance(v, float) and np.isnan(v) else f'{v:.3f}' if isinstance(v, float) else str(v).replace('|', '\\|')
+    def cell(v): return '' if v is None or isinstance(v, float) and np.isnan(v) else '<0.001' if isinstance(v, float) and 0<v<.001 else f'{v:.3f}' if isinstance(v, float) else str(v).replace('|', '\\|')
     lines = [list(df.columns), ['---']*len(df.columns), *[[cell(v) for v in r] for r in df.itertuples(index=False)]]
     return '\n'.join(f"| {' | '.join(o)} |" for o in lines)
 

@@ -14,13 +14,22 @@ from pathlib import Path
 from .files import open_regular, user_path
 
 # %% ../nbs/72_own_data.ipynb #00000005
+def _cells(text, sep, **how): return [o for o in csv.reader(io.StringIO(text, newline=''), delimiter=sep, **how) if o]
+
 def _csv(path, text):
+    "Table whose rows all have as many cells as the first"
     first = text.partition('\n')[0]
     sep = max(',;\t|', key=re.sub(r'"[^"]*"', '', first).count)
-    try: df = pd.read_csv(io.StringIO(text), sep=sep, dtype=str, keep_default_na=False, index_col=False, on_bad_lines='error')
-    except (ValueError, pd.errors.ParserWarning) as e:
-        raise ValueError(f"{path} is no table: {str(e).splitlines()[-1] if str(e) else e}") from e
-    return df
+    try:
+        rows = _cells(text, sep)
+        # in tables by tabs quotes are often just quotes, and one alone would swallow lines
+        if sep=='\t' and any(re.search(r'[\t\n]', c) for o in rows for c in o): rows = _cells(text, sep, quoting=csv.QUOTE_NONE)
+    except csv.Error as e: raise ValueError(f"{path} is no table: {e}") from e
+    head,*rest = rows
+    for i,o in enumerate(rest):
+        if len(o)!=len(head): raise ValueError(f"{path}: row {i+1} ({' '.join(o)[:50]!r}) has {len(o)} cells, the first line {len(head)}: "
+            "put texts that hold the separator into quotes")
+    return pd.DataFrame(rest, columns=head, dtype=str)
 
 def _objects(path, text):
     "Table of a list of objects, or of an object per line"
@@ -33,6 +42,7 @@ def _objects(path, text):
 
 def _cell(v): return '' if v is None or isinstance(v, float) and np.isnan(v) else v if isinstance(v, str) else str(v)
 
+# %% ../nbs/72_own_data.ipynb #00000006
 _kinds = {'.csv': _csv, '.tsv': _csv, '.jsonl': _objects, '.ndjson': _objects, '.json': _objects}
 
 def read_table(
@@ -57,7 +67,7 @@ def read_table(
     if df.columns.duplicated().any(): raise ValueError(f"{path} has the column {df.columns[df.columns.duplicated()][0]!r} twice: rename one")
     return df.map(_cell)
 
-# %% ../nbs/72_own_data.ipynb #00000007
+# %% ../nbs/72_own_data.ipynb #00000008
 def _plain(o): return re.sub(r'[\s_-]+', ' ', o.casefold()).strip()
 
 def _number(o): return int(float(o)) if re.fullmatch(r'\s*\d{1,6}(\.0*)?\s*', o) else None
@@ -79,7 +89,7 @@ def class_numbers(
     raise ValueError(f"labels {', '.join(repr(o[:40]) for o in odd[:4])}{', …' if len(odd)>4 else ''} are not known to the expert: "
         f"its classes are {', '.join(map(str, names[:8]))}{', …' if len(names)>8 else ''}{hint}")
 
-# %% ../nbs/72_own_data.ipynb #0000000a
+# %% ../nbs/72_own_data.ipynb #0000000b
 _label_names = 'label','labels','class','category','target','gold','sentiment','topic','intent','emotion','y'
 _text_names = 'text','sentence','content','review','tweet','comment','body','document','message','headline','title','utterance','question'
 
@@ -130,13 +140,16 @@ def text_column(
         raise ValueError(f"{path}: no column looks like texts; columns are {', '.join(df.columns[:12])}: say which with --text")
     return one,[c for c in like if c!=one]
 
-# %% ../nbs/72_own_data.ipynb #0000000c
+# %% ../nbs/72_own_data.ipynb #0000000d
 # Rows with labels at least: half of them are tested, and ten that only one of two merges has right are the
 # fewest that can stay significant beside twenty other comparisons.
 _fewest = 40
 
 # More rows to choose by, or to repair with, cost time and change little (the experiments' repairs take 500 to 1000).
 _most = 500
+
+# Two thousand rows show differences of two points; more would cost every row of a comparison time.
+_judged = 2000
 
 @dataclass(frozen=True)
 class OwnData:
@@ -155,7 +168,7 @@ def deal(
     labels:np.ndarray, # (n,) −1 without a label
     seed:int=0,
 ) -> dict: # `{'tune', 'inputs', 'test'}: numbers of rows`
-    "A quarter to choose by, a quarter as inputs (fewer where rows without labels serve), the rest to judge on"
+    "A quarter to choose by, a quarter as inputs (fewer where rows without labels serve), the rest, up to two thousand, to judge on"
     groups = {}
     for i,o in enumerate(texts): groups.setdefault(' '.join(o.split()), []).append(i)
     # where one copy of a text has a label, all of it counts as labelled
@@ -166,14 +179,15 @@ def deal(
     n = sum(map(len, marked))
     want = dict(tune=min(_most, n//4), inputs=max(0, min(_most, n//4)-len(free)))
     res = dict(tune=[], inputs=[g[0] for g in free[:_most]], test=[])
-    room = dict(want)
+    room = want | dict(test=_judged)
     for g in marked:
-        part = next((k for k,v in room.items() if v>0), 'test')
-        if part!='test': room[part] -= len(g)
+        part = next((k for k,v in room.items() if v>0), None)
+        if part is None: break
+        room[part] -= len(g)
         res[part] += g
     return {k: np.array(v, int) for k,v in res.items()}
 
-# %% ../nbs/72_own_data.ipynb #0000000e
+# %% ../nbs/72_own_data.ipynb #0000000f
 def own_data(
     task:str, # Its name, for messages
     path, # Table
@@ -202,10 +216,12 @@ def own_data(
     parts = deal(texts, labels, seed)
     for k,v in parts.items():
         if len(v)<_fewest//4: raise ValueError(f"{task}: {path} leaves {len(v)} rows for {k}, because texts repeat: pass more different texts")
+    unused = len(texts)-sum(map(len, parts.values()))
     bare,lost,twice = int((labels<0).sum()),int((~keep).sum()),len(texts)-len({' '.join(o.split()) for o in texts})
     said = (f"{task}: {len(df)} rows of {Path(path).name}; texts are column {x!r}, labels {y!r} ({how} of the expert's classes)"
         + (f"; {', '.join(others)} look like texts, too, and are not read (--text)" if others else '')
         + (f"; {bare} rows without a label" if bare else '') + (f"; {lost} rows without a text are left out" if lost else '')
         + (f"; {twice} texts repeat another, which stays in the same part" if twice else '')
-        + f"; {len(parts['tune'])} to choose by, {len(parts['inputs'])} for repairs (without their labels), {len(parts['test'])} to judge on")
+        + f"; {len(parts['tune'])} to choose by, {len(parts['inputs'])} for repairs (without their labels), {len(parts['test'])} to judge on"
+        + (f"; {unused} more are not used" if unused else ''))
     return OwnData(task, texts, labels, parts, said)
