@@ -16,14 +16,14 @@ from pathlib import Path
 from . import __version__
 from .checkpoint import Checkpoint
 from . import chain # whose repairs add themselves to the rules
-from .classifiers import Classifiers, class_names, free_memory, needed_memory, open_tokenizers, quiet
+from .classifiers import Classifiers, class_names, free_memory, needed_memory, open_tokenizers
 from .evaluate import control_scans, controls
 from .files import atomic, atomic_folder, cache_dir, digest, read_json, write_json
 from .folder import sealed
 from .judged import chance, commonest, figure, ideal, judged, markdown, plain, sentences
 from .merge import check_out, load_model, merge, task_state
 from .own_data import own_data
-from .parallel import Bar
+from .parallel import Bar, quiet
 from .plan import Plan, make_plan
 from .preflight import name_models, preflight, slips
 from .rules import recipe, rules

@@ -9,7 +9,6 @@ __all__ = ['TOKENS', 'Network', 'batches_of', 'looked_at', 'merge_fitted']
 
 # %% ../nbs/72_fitted.ipynb #ab02c466
 import numpy as np, warnings
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,25 +18,13 @@ from .files import lies_inside, user_path
 from .folder import tied, write_folder
 from .heads import class_name
 from .merge import check_out, merge, task_state
+from .parallel import quiet
 from .plan import FITTED, Plan
 from .preflight import beside_notes, name_models
 from .rules import recipe
 from .stream import plan_rows
 from .units import head_name, head_tasks, task_of, tensor_name
 from .unlabelled import read_inputs
-
-# %% ../nbs/72_fitted.ipynb #973bbc05
-@contextmanager
-def _quiet():
-    "Without the bars and the advice of `transformers`"
-    from transformers.utils import logging
-    was,bars = logging.get_verbosity(),logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try: yield
-    finally:
-        logging.set_verbosity(was)
-        if bars: logging.enable_progress_bar()
 
 # %% ../nbs/72_fitted.ipynb #6abed54e
 class Network:
@@ -55,7 +42,7 @@ class Network:
             raise ValueError(f"{task} ({ckpt.label}) names no class of transformers that could open it ({named or 'no configuration'}): repair it in "
                 "Python with match_layers, match_heads, reestimate_bn or repair_channels")
         self.kind = kind
-        with _quiet(): self.config = transformers.CONFIG_MAPPING[config['model_type']].from_dict(config)
+        with quiet(): self.config = transformers.CONFIG_MAPPING[config['model_type']].from_dict(config)
         self.reads = getattr(kind, 'main_input_name', '')
         if self.reads not in ('input_ids', 'pixel_values'):
             raise ValueError(f"{task}: {named} reads {self.reads or 'something else'}, not texts or images: repair it in Python with match_layers")
@@ -68,7 +55,7 @@ class Network:
         state = {k: v.float() if v.is_floating_point() else v for k,v in state.items()}
         # on short texts eager attention is faster than sdpa on a CPU
         how = dict(dtype=torch.float32, attn_implementation='eager', output_loading_info=True)
-        with _quiet(): model,info = self.kind.from_pretrained(None, config=self.config, state_dict=state, **how)
+        with quiet(): model,info = self.kind.from_pretrained(None, config=self.config, state_dict=state, **how)
         if info['missing_keys']: raise ValueError(f"{self.task} ({self.ckpt.label}) lacks {sorted(info['missing_keys'])[0]}, which {self.kind.__name__} has: "
             "save the expert again with save_pretrained")
         return model.eval()
@@ -105,7 +92,7 @@ def _auto(kind, network, what, files):
     for folder in [Path(o) for o in (network.ckpt.source, network.ckpt.folder) if o and Path(o).is_dir()]:
         if not any((folder/o).is_file() and lies_inside(folder/o, folder) for o in files): continue
         try:
-            with _quiet(), warnings.catch_warnings():
+            with quiet(), warnings.catch_warnings():
                 warnings.simplefilter('ignore')
                 return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError): continue
@@ -116,7 +103,7 @@ def _text_batches(network, items, tokens):
     import torch
     from transformers import AutoTokenizer
     tok = _auto(AutoTokenizer, network, 'tokenizer', _words)
-    with _quiet():
+    with quiet():
         # a text is cut where it is too long, of a pair both parts are kept
         if isinstance(items[0], tuple): found = tok(*[list(o) for o in zip(*items)], truncation=True, max_length=tokens)
         else: found = {k: [o[:tokens] for o in v] for k,v in tok(list(items)).items()}

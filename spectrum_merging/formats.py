@@ -14,6 +14,7 @@ import json, os, re, subprocess, sys, zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from .files import inside, lies_inside, open_regular, own_file, parse_json, read_text
+from .parallel import quiet
 
 # %% ../nbs/09_formats.ipynb #00000007
 _again = 'download it again'
@@ -298,13 +299,12 @@ def meta_model(
     kind,arch = config.get('model_type'),(config.get('architectures') or [None])[0]
     cls = getattr(transformers, arch, None) if isinstance(arch, str) and arch.isidentifier() else None
     if not isinstance(kind, str) or not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel): return None
-    level,apart = transformers.logging.get_verbosity(),('model_type', 'quantization_config', 'auto_map')
-    transformers.logging.set_verbosity_error()
+    apart = 'model_type','quantization_config','auto_map'
     try:
-        made = transformers.AutoConfig.for_model(kind, **{k: v for k,v in config.items() if k not in apart})
-        with torch.device('meta'): return cls(made)
+        with quiet():
+            made = transformers.AutoConfig.for_model(kind, **{k: v for k,v in config.items() if k not in apart})
+            with torch.device('meta'): return cls(made)
     except Exception: return None # whatever an odd configuration makes of a class
-    finally: transformers.logging.set_verbosity(level)
 
 def name_changes(
     config:dict, # config.json of a model

@@ -5,7 +5,7 @@ import numpy as np, pandas as pd, pytest, torch
 from tokenizers import Tokenizer, models as tm, pre_tokenizers, processors
 from transformers import (AutoModel, AutoModelForSequenceClassification, DistilBertConfig, ElectraConfig, PreTrainedTokenizerFast, RobertaConfig)
 from spectrum_merging import classifiers, compare as module
-from spectrum_merging.classifiers import quiet
+from spectrum_merging.parallel import quiet
 from spectrum_merging.compare import compare
 from spectrum_merging.merge import load_model
 from spectrum_merging.own_data import class_numbers, own_data, read_table

@@ -21,24 +21,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from ..activations import input_grams
 from ..files import atomic, atomic_folder, cache_dir, digest
+from ..parallel import quiet
 from ..units import is_head
 from .tasks import Task, generated_texts, reachable_hub, take
 from .training import Base, Kind, device, fast, has_bf16, ordered, train_side_by_side
 
 # %% ../../nbs/lab/25_texts.ipynb #00000006
-@contextmanager
-def _quiet():
-    "Without `transformers`' progress bars and advice"
-    from transformers.utils import logging
-    was = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try: yield
-    finally:
-        logging.set_verbosity(was)
-        if bars: logging.enable_progress_bar()
-
 def load_classifier(
     path, # Folder or hub id
     names:tuple=None, # Of the classes, for a new head; by default the head that is there
@@ -48,14 +36,14 @@ def load_classifier(
     from transformers import AutoModelForSequenceClassification
     new = {} if names is None else dict(num_labels=len(names), ignore_mismatched_sizes=True,
         id2label=dict(enumerate(names)), label2id={o: i for i,o in enumerate(names)})
-    with torch.random.fork_rng(), _quiet():
+    with torch.random.fork_rng(), quiet():
         torch.manual_seed(seed)
         return AutoModelForSequenceClassification.from_pretrained(str(path), dtype=torch.float32,
             attn_implementation='eager', **new) # on short texts eager is faster than sdpa on a CPU
 
 def load_tokenizer(path):
     from transformers import AutoTokenizer
-    with _quiet(): return AutoTokenizer.from_pretrained(str(path))
+    with quiet(): return AutoTokenizer.from_pretrained(str(path))
 
 # %% ../../nbs/lab/25_texts.ipynb #00000007
 def _write_tiny_base(folder):
@@ -74,7 +62,7 @@ def _write_tiny_base(folder):
         torch.manual_seed(0)
         model = BertModel(BertConfig(vocab_size=len(special+words), hidden_size=64,
             num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, max_position_embeddings=64))
-    with _quiet():
+    with quiet():
         for o in whole,model: o.save_pretrained(folder)
 
 def vocabulary(
@@ -126,7 +114,7 @@ def _tokens(tokenizer, texts, max_length):
 
 def _pad(tokenizer, ids):
     "(n, 2, tokens) ids and mask"
-    with _quiet(): o = tokenizer.pad(dict(input_ids=ids), return_tensors='pt')
+    with quiet(): o = tokenizer.pad(dict(input_ids=ids), return_tensors='pt')
     return torch.stack([o['input_ids'], o['attention_mask']], 1)
 
 def text_batches(
@@ -235,7 +223,7 @@ def _fine_tune(task, base, recipe, folder, tell):
     tok = load_tokenizer(base.path)
     ids = _tokens(tok, task.x, recipe['max_length'])
     rows = Dataset.from_dict(dict(input_ids=ids, label=task.y, length=list(map(len, ids))))
-    with _quiet():
+    with quiet():
         model = load_classifier(base.path, task.names, recipe['seed'])
         model.get_input_embeddings().weight.requires_grad_(False)
         trainer = Trainer(model, _arguments(folder, recipe), train_dataset=rows, processing_class=tok,
@@ -279,7 +267,7 @@ def text_expert(
                 disable=progress is not True) as bar:
             model,tok = _fine_tune(task, base, recipe, home/'unfinished',
                 progress if callable(progress) else bar.update)
-        with atomic_folder(home/'expert') as folder, _quiet():
+        with atomic_folder(home/'expert') as folder, quiet():
             for o in model,tok: o.save_pretrained(folder)
             (folder/'recipe.json').write_text(json.dumps(recipe, indent=1), encoding='utf-8')
         shutil.rmtree(home/'unfinished', ignore_errors=True)
