@@ -191,8 +191,9 @@ def seconds(
 
 def _spoken(s): return f'{s:.2g} s' if s<10 else f'{s:.0f} s' if s<100 else f'{s/60:.1f} min'
 
-# A repair asks experts and merge once for its texts, a layer at a time, and solves for every layer (measured: MiniLM).
-_repair = dict(match=2.5, refit=.7)
+# In evaluations. Matching asks experts and merge for their inputs, a layer at a time, and solves for every layer (measured:
+# MiniLM); others pass a third as many inputs as an evaluation has through the merge, some through the experts, too.
+_repair = dict(match=2.5, refit=.7, batchnorm=.4, channels=.8)
 
 def _estimate(row, one, made):
     "Seconds that a row takes"

@@ -196,7 +196,9 @@ def input_columns(
         raise ValueError(f"{path} has {len(found) or 'no'} column{'s'*(len(found)!=1)} of images ({all_}): say which with text= (--text)")
     if pair := next((o for o in _pairs if {*o}<={*found}), None): return [found[o] for o in pair],[]
     size = {k: _n_words(table[k]) for k in found.values()}
-    like = sorted((k for k in size if size[k]>=_words and len(set(table[k]))>=_distinct*len(table[k])), key=lambda k: -size[k])
+    wordy = [k for k in size if size[k]>=_words]
+    like = [k for k in wordy if len(wordy)==1 or len(set(table[k]))>=_distinct*len(table[k])]
+    like = sorted(like, key=lambda k: -size[k])
     one = next((found[o] for o in _usual if o in found), None) or next(iter(like), None)
     if one is None: raise ValueError(f"{path} has no column of texts ({all_}): say which with text= (--text)")
     return [one],[k for k in like if k!=one]
