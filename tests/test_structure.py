@@ -29,7 +29,7 @@ floors = [
     ['classifiers','judged'],
     ['compare'],
     ['lab.tasks'],
-    ['lab.training'],
+    ['lab.training','lab.packaged'],
     ['lab.convolutions','lab.texts'],
     ['lab.images'],
     ['lab.merges'],
