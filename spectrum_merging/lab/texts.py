@@ -149,8 +149,7 @@ quick_text = TextBudget(steps=120, lr=2e-4, train=2700, test=300, calibration=12
 
 def _recipe(task, base, budget, seed):
     "All that makes an expert"
-    steps = min(budget.steps, task.steps or budget.steps)
-    epochs = min(-(-steps*budget.batch//len(task.x)), budget.max_epochs)
+    epochs = min(-(-min(budget.steps, task.steps or budget.steps)*budget.batch//len(task.x)), budget.max_epochs)
     return dict(kind='text expert', version=4, base=base.key, epochs=epochs, lr=budget.lr,
         data=digest([list(task.x), task.y.tolist(), task.classes]), batch=budget.batch, seed=seed,
         max_length=budget.max_length, balanced=task.metric=='mcc')
