@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from spectrum_merging.lab import inside, run as lab_run, tasks as lab_tasks, texts as lab_texts
 from spectrum_merging.lab.images import ImageBudget
+from spectrum_merging.lab.many import many_rows
 from spectrum_merging.lab.parts import grid_rows
 from spectrum_merging.lab.tasks import digits_tasks, generated_texts
 from spectrum_merging.lab.texts import TextBudget, Texts, tiny_base
@@ -17,7 +18,7 @@ few = dict(task_arithmetic=[('task_arithmetic', .5)], ridge_mean=[('ridge_mean(e
 
 # Vision's lesson shows intervals over seeds; those of texts only have them in tables.
 seeds = {'vision': 2, 'sst2-emotion': 1, 'sst2-cola': 1, 'signal-vision': 3, 'signal-text': 3, 'where-snr-sst2-emotion': 1,
-    'where-snr-sst2-cola': 2}
+    'where-snr-sst2-cola': 2, 'eight-tasks': 2}
 
 class TinyTexts(Texts):
     "Texts whose base has random weights, whatever is asked for"
@@ -43,6 +44,11 @@ def tiny_uses(one, *names):
     found = tiny_texts(one, *names)
     return replace(found, parts=tuple(replace(o, rows=o.rows and partial(tuned_rows, uses=['shrinkage'])) for o in found.parts))
 
+def tiny_many(one, *names):
+    "Few settings on few tasks"
+    found = tiny_texts(one, *names)
+    return replace(found, parts=(found.parts[0], replace(found.parts[1], rows=partial(many_rows, candidates=few))))
+
 @pytest.fixture(scope='module')
 def cache(tmp_path_factory): return tmp_path_factory.mktemp('cache')
 
@@ -58,6 +64,7 @@ def tiny(monkeypatch, cache):
             sst2_cola=tiny_texts(lab_run.sst2_cola, 'SST-2', 'CoLA'),
             signal_vision=replace(lab_run.signal_vision, load=vision.load, budgets=vision.budgets),
             signal_text=tiny_texts(lab_run.signal_text, 'SST-2', 'Emotion', 'CoLA'),
+            eight_tasks=tiny_many(lab_run.eight_tasks, 'SST-2', 'Newsgroups', 'CoLA', 'Reuters'),
             where_snr=[tiny_uses(o, *names) for o,names in zip(lab_run.where_snr[1:], pairs)]).items():
         monkeypatch.setattr(lab_run, k, o)
     for place,k,o in [(lab_tasks, 'load_texts', generated_texts), (lab_texts, 'find_base', lambda *_: tiny_base(cache)),

@@ -29,14 +29,14 @@ floors = [
     ['classifiers','judged'],
     ['compare'],
     ['lab.tasks'],
-    ['lab.training'],
+    ['lab.training','lab.packaged'],
     ['lab.convolutions','lab.texts'],
     ['lab.images'],
     ['lab.merges'],
     ['lab.report'],
     ['lab.parts'],
     ['lab.causes','lab.inside','lab.seeds','lab.uses'],
-    ['lab.paper','lab.verdicts'],
+    ['lab.paper','lab.verdicts','lab.many'],
     ['lab.findings'],
     ['lab.run'],
     ['lab.lessons'],
@@ -123,7 +123,7 @@ def test_private_names_stay(room):
 
 home = {name: r.f.__module__.partition('.')[2] for name,r in rules.items() if r.f.__module__.startswith('spectrum_merging')}
 # What is measured and compared is data, and data name recipes.
-data = ['lab.images','lab.parts','lab.run','lab.paper','lab.findings','lab.causes','lab.inside','lab.uses','lab.lessons','lab.seeds','bench','compare']
+data = ['lab.images','lab.parts','lab.run','lab.paper','lab.findings','lab.causes','lab.inside','lab.uses','lab.lessons','lab.seeds','lab.many','bench','compare']
 
 words = [('repair','channels'), ('lab.verdicts','ties')] # the name of a column, a verdict, too
 

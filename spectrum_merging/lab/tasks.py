@@ -11,6 +11,7 @@ __all__ = ['take', 'Task', 'digits_tasks', 'turned', 'load_images', 'reachable_h
 import numpy as np, os, socket, torch, torch.nn.functional as F
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from socket import create_connection
 from torch import Tensor
@@ -40,6 +41,7 @@ class Task:
     exam:str='test' # What the set to evaluate on is called
     held_x:Tensor|tuple=() # (h, …) training inputs held out for tuning
     held_y:np.ndarray|Tensor=None # (h,) their labels
+    steps:int=None # Optimiser steps that an expert takes at most; by default the budget's
 
     @property
     def classes(self): return len(self.names) or int(self.y.max())+1
@@ -201,10 +203,19 @@ def _feeling(pick, rng):
     k = rng.choice(6, p=[.29, .33, .08, .14, .12, .04])
     return f"{pick('who')} felt {pick(_feelings[k])} about the {pick('thing')} {pick('soon')}",int(k)
 
+def _which(key, pick, rng):
+    "A sentence in which one kind of word is asked for"
+    said = {k: pick(k) for k in ('who','good','thing','bad','soon')}
+    return f"{said['who']} felt the {said['good']} {said['thing']} was {said['bad']} {said['soon']}",_words[key].index(said[key])
+
 # %% ../../nbs/lab/00_tasks.ipynb #00000013
 _makers = {'SST-2': ('praise', _mood, ('negative','positive'), 'accuracy'),
     'CoLA': ('word order', _grammar, ('unacceptable','acceptable'), 'mcc'),
     'Emotion': ('feelings', _feeling, tuple(_feelings), 'accuracy')}
+
+# What stands in place of the packages' texts.
+_asked = {'Newsgroups': 'thing', 'Reuters': 'who', 'SMS': 'bad', 'Tweets': 'good', 'BBC': 'soon'}
+_makers |= {o: (f'which {k}', partial(_which, k), tuple(_words[k]), 'accuracy') for o,k in _asked.items()}
 
 def generated_texts(
     names=('SST-2','Emotion'), # Whose place they take

@@ -133,7 +133,7 @@ def text_batches(
 @dataclass(frozen=True)
 class TextBudget:
     "How long to train and how much to evaluate"
-    steps:int=1050 # Optimiser steps per expert at least
+    steps:int=1050 # Optimiser steps per expert at least, or what a task says it needs
     max_epochs:int=10 # Epochs per expert at most
     lr:float=1e-4 # Highest learning rate
     batch:int=64 # Sentences per step
@@ -149,7 +149,7 @@ quick_text = TextBudget(steps=120, lr=2e-4, train=2700, test=300, calibration=12
 
 def _recipe(task, base, budget, seed):
     "All that makes an expert"
-    epochs = min(-(-budget.steps*budget.batch//len(task.x)), budget.max_epochs)
+    epochs = min(-(-min(budget.steps, task.steps or budget.steps)*budget.batch//len(task.x)), budget.max_epochs)
     return dict(kind='text expert', version=4, base=base.key, epochs=epochs, lr=budget.lr,
         data=digest([list(task.x), task.y.tolist(), task.classes]), batch=budget.batch, seed=seed,
         max_length=budget.max_length, balanced=task.metric=='mcc')
@@ -206,7 +206,8 @@ def _arguments(folder, recipe):
         per_device_train_batch_size=recipe['batch'], seed=recipe['seed'], warmup_steps=.1,
         lr_scheduler_type='linear', weight_decay=.01, bf16=has_bf16(), use_cpu=device()=='cpu',
         train_sampling_strategy='group_by_length',
-        save_steps=250, save_total_limit=2, logging_strategy='no', report_to='none',
+        # a step takes a core seconds
+        save_steps=50 if device()=='cpu' else 250, save_total_limit=2, logging_strategy='no', report_to='none',
         disable_tqdm=True, dataloader_pin_memory=False)
 
 # %% ../../nbs/lab/25_texts.ipynb #00000012
