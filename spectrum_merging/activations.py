@@ -6,7 +6,7 @@ Docs: nbs/66_activations.ipynb"""
 
 # %% auto #0
 __all__ = ['evaluating', 'full_precision', 'run_hooked', 'Layer', 'running_layers', 'layer_order', 'patches', 'rows',
-           'input_grams', 'Coverage', 'sharing', 'coverage']
+           'input_grams', 'Coverage', 'sharing', 'layers_of', 'seen', 'some', 'verdicts', 'coverage', 'covered']
 
 # %% ../nbs/66_activations.ipynb #00000003
 import torch, torch.nn.functional as F
@@ -198,7 +198,8 @@ def sharing(
     "Which tensors are one"
     found,by = {},{}
     for k,v in model.named_parameters(remove_duplicate=False):
-        if v.numel(): by.setdefault((v.device, v.untyped_storage().data_ptr()), []).append(k)
+        # what lies on no device has no address
+        if v.numel(): by.setdefault(id(v) if v.is_meta else (v.device, v.untyped_storage().data_ptr()), []).append(k)
     for o in by.values(): found |= dict.fromkeys(o, o)
     return found
 
@@ -208,19 +209,37 @@ def _tables(model):
     return {f'{k}.weight' for k,m in model.named_modules(remove_duplicate=False)
         if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) or m is last and last is not None}
 
-def _calls(model, x, mods):
+def layers_of(
+    model:nn.Module,
+) -> dict: # `{name: module}`
+    "Linear layers, convolutions and the BatchNorms between them"
+    kinds = nn.Linear,nn.modules.conv._ConvNd,nn.modules.batchnorm._BatchNorm
+    return {k: m for k,m in model.named_modules() if isinstance(m, kinds) or is_conv1d(m)}
+
+def seen(
+    mods:dict, # From `layers_of`
+) -> tuple: # List, and what to call with name, input and output of each as it runs
     "`[(name, rows of its input, what it got, what it gave, whether it is its weight times its input)]` as modules run"
     res = []
     def look(k, i, o):
         m = mods[k]
         plain = isinstance(m, nn.modules.batchnorm._BatchNorm) or not _unfit(m) and _plain(m, i, o)
         res.append((k, len(i) if isinstance(i, Tensor) and i.ndim else None, i, o, plain))
-    run_hooked(model, x, mods, look)
-    return res
+    return res,look
 
-def _verdicts(model, x, mods):
+def some(
+    x, # A batch
+    k:int, # How many inputs
+): # A batch
+    "Its first inputs; the first again where it has fewer"
+    return taken(x, lambda o: o[[0]*k if len(o)<k else slice(k)])
+
+def verdicts(
+    one:list, # From `seen`, of one input
+    two:list, # Of two
+    mods:dict, # From `layers_of`
+) -> tuple:
     "`[(layer, BatchNorm that takes its very output or None)]` as they run, and `{layer: why it cannot be fitted}`"
-    one,two = (_calls(model, taken(x, lambda o: o[[0]*k if len(o)<k else slice(k)]), mods) for k in (1, 2))
     names,norm = [c[0] for c in two],nn.modules.batchnorm._BatchNorm
     first,ran,why = {c[0]: c[1] for c in one},[],{}
     for at,(k,n,i,out,plain) in enumerate(two):
@@ -245,17 +264,31 @@ def coverage(
     of_head:bool=False, # Look at the heads instead of the body
 ) -> Coverage:
     "Which layers of the body can be fitted one by one. Raises `ValueError`"
-    def mine(k): return is_head(k, heads)==of_head
     x, = prepared([x], model)
-    kinds = nn.Linear,nn.modules.conv._ConvNd,nn.modules.batchnorm._BatchNorm
-    mods = {k: m for k,m in model.named_modules() if isinstance(m, kinds) or is_conv1d(m)}
+    mods,found = layers_of(model),[]
     try:
-        with evaluating(model): ran,why = _verdicts(model, x, mods)
+        with evaluating(model):
+            for k in (1, 2):
+                res,look = seen(mods)
+                run_hooked(model, some(x, k), mods, look)
+                found.append(res)
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, AssertionError, KeyError) as e:
         # a hook's own errors are of the same kinds; both times the batch does not suit the model
         raise ValueError(f"{type(model).__name__} does not run on these inputs ({type(e).__name__}: {str(e)[:200]}): "
             "pass batches as its forward takes them, for instance what its tokenizer gives") from e
-    shared,tables = sharing(model),_tables(model)
+    return covered(model, *verdicts(*found, mods), heads, of_head)
+
+# %% ../nbs/66_activations.ipynb #c0ffee24
+def covered(
+    model:nn.Module,
+    ran:list, # From `verdicts`
+    why:dict, # Likewise
+    heads:list=None, # Prefixes of task heads; None goes by the usual names
+    of_head:bool=False, # Look at the heads instead of the body
+) -> Coverage:
+    "What of a network those layers are"
+    def mine(k): return is_head(k, heads)==of_head
+    mods,shared,tables = layers_of(model),sharing(model),_tables(model)
     # whoever names an output layer as a head wants it fitted
     words = {} if of_head else {o for k in tables for o in shared.get(k, [k])}
     params = {o: v for o,v in model.named_parameters(remove_duplicate=False) if is_matrix(v.shape) and o not in words

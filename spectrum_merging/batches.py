@@ -89,7 +89,7 @@ def prepared(
     model:nn.Module, # That runs on them
 ) -> list: # Of tensors, dicts or tuples, on the model's device
     "Batches in the form that `feed` takes, all of one kind. Raises `ValueError`"
-    where = next(iter(model.parameters()), torch.empty(0)).device
+    where = next((o.device for o in model.parameters() if o.device.type!='meta'), torch.device('cpu'))
     def one(x):
         x = _from_mapping(model, x) if isinstance(x, Mapping) else _from_tuple(model, x) if isinstance(x, (tuple, list)) else x
         if n_inputs(x)==0: raise ValueError("a batch holds no input: leave it out")
