@@ -108,11 +108,11 @@ def _task_files(inputs, text, repair, as_adapter):
     return _by_task(inputs, '--inputs'),_by_task(text, '--text')
 
 # %% ../nbs/95_cli.ipynb #70cf04e1
-def _bytes(text):
+def _bytes(text, what='shard size'):
     "Number of bytes of '5GB', '200 MB' or '1000'. Raises `ValueError`"
     m = re.fullmatch(r'\s*(\d{1,18}(?:\.\d*)?)\s*([KMGT]?)B?\s*', text, re.I)
     n = int(float(m[1])*1000**' KMGT'.index(m[2].upper() or ' ')) if m else 0
-    if n<1: raise ValueError(f"shard size is {text!r}: pass a size like 5GB or 200MB")
+    if n<1: raise ValueError(f"{what} is {text!r}: pass a size like 5GB or 200MB")
     return n
 
 def _as_adapter(plan, models, base, out, dtype, more):
@@ -128,11 +128,12 @@ def _look(models, base, repair, inputs, text):
     from spectrum_merging.fitted import looked_at
     looked_at(models, base, repair or (), inputs, text)
 
-def _fitted(plan, models, base, out, repair, inputs, text, more):
+def _fitted(plan, models, base, out, repair, inputs, text, memory, more):
     "Merge and repair; the plan that the folder has"
     from spectrum_merging.fitted import merge_fitted
     from spectrum_merging.plan import Plan
-    merge_fitted(plan, models, base, out, repairs=repair or (), inputs=inputs, text=text, say=lambda o: print(_shown(o), flush=True), **more)
+    merge_fitted(plan, models, base, out, repairs=repair or (), inputs=inputs, text=text, memory=memory and _bytes(memory, 'memory'),
+        say=lambda o: print(_shown(o), flush=True), **more)
     return Plan.load(f'{out}/plan.csv')
 
 def _summary(plan):
@@ -166,6 +167,7 @@ def merge_cli(
         dict(nargs='+')]=None,
     inputs:Annotated[str, "Unlabelled inputs of each model, NAME=FILE (csv, tsv, json, jsonl, parquet, txt) or a folder of images", dict(nargs='+')]=None,
     text:Annotated[str, "Column of the texts, for all or NAME=COLUMN; guessed by default", dict(nargs='+')]=None,
+    memory:str=None, # Memory that a repair may take where whole networks must be in memory; by default what is free
 ):
     "Merge models by the signal-to-noise ratio of their layers; if interrupted, rerun to continue"
     shard_size = _bytes(shard_size)
@@ -185,7 +187,7 @@ def merge_cli(
     more = dict(n_workers=workers, progress=sys.stderr.isatty())
     if as_adapter: return print(_as_adapter(table, models, base, out, dtype, more))
     more |= dict(dtype=dtype, shard_size=shard_size, files_from=files_from)
-    try: table = _fitted(table, models, base, out, repair, inputs, text, more) if repair or inputs else merge(table, models, base, out, **more) and table
+    try: table = _fitted(table, models, base, out, repair, inputs, text, memory, more) if repair or inputs else merge(table, models, base, out, **more) and table
     except KeyboardInterrupt: _stop(f"interrupted; the same command {'starts again' if repair or inputs else 'continues where it stopped'}")
     print(f'{_summary(table)}\nwritten to {out}; the decision for each tensor is in {out}/plan.csv')
     for o in loading(table, models, base, files_from, out): print(o)

@@ -16,14 +16,14 @@ from pathlib import Path
 from . import __version__
 from .chain import repair_recipe
 from .checkpoint import Checkpoint
-from .classifiers import Classifiers, check_classifier, class_names, free_memory, needed_memory, open_networks
+from .classifiers import Classifiers, check_classifier, class_names, needed_memory, open_networks
 from .evaluate import control_scans, controls
 from .files import atomic, atomic_folder, cache_dir, digest, read_json, write_json
 from .fitted import merge_fitted, repaired
 from .judged import chance, commonest, figure, ideal, judged, markdown, plain, sentences
 from .merge import check_out, load_model, load_task, merge, task_state
 from .own_data import own_data
-from .parallel import Bar, quiet
+from .parallel import Bar, free_memory, quiet
 from .plan import make_plan
 from .preflight import name_models, preflight, slips
 from .rules import recipe, rules

@@ -9,8 +9,8 @@ __all__ = ['TOKENS', 'Network', 'token_rows', 'padded', 'pixels', 'batches_of', 
            'merge_fitted']
 
 # %% ../nbs/72_fitted.ipynb #ab02c466
-import numpy as np, warnings
-from dataclasses import replace
+import copy, numpy as np, warnings
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from .chain import check_repair, repair_recipe
@@ -19,7 +19,7 @@ from .files import lies_inside, user_path
 from .folder import tied, write_folder
 from .heads import class_name
 from .merge import check_out, merge, task_state
-from .parallel import quiet
+from .parallel import Bar, quiet
 from .plan import FITTED, Plan
 from .preflight import beside_notes, name_models
 from .rules import recipe
@@ -61,8 +61,27 @@ class Network:
             "save the expert again with save_pretrained")
         return model.eval()
 
+    def frame(self): # `Frame`
+        "The network without weights, to be run block by block. Raises `ValueError` where it cannot"
+        import torch
+        from spectrum_merging.blocks import Frame, skeleton
+        kind = getattr(self, 'kind', None)
+        if not hasattr(kind, '_from_config'): raise ValueError("it is no network of transformers")
+        config = copy.deepcopy(self.config)
+        # a cache of a text's words would grow with each run
+        config.use_cache = False
+        with quiet(): return Frame(skeleton(lambda: kind._from_config(config, dtype=torch.float32, attn_implementation='eager')))
+
+    def _as_written(self):
+        "`{name in the network: name in the file}` where files have the network's own names; else None"
+        try: frame = self.frame()
+        except ValueError: return None
+        def there(k): return k in self.ckpt.infos and self.ckpt.infos[k].is_float and tuple(self.ckpt.infos[k].shape)==frame.shapes[frame.first[k]]
+        found = {k: next(filter(there, o), None) for k,o in frame.aliases.items()}
+        return None if None in found.values() else {k: found[o] for k,o in frame.first.items()}
+
     @cached_property
-    def names(self): return _file_names(self)
+    def names(self): return self._as_written() or _file_names(self)
 
     def expert(self):
         "The expert itself"
@@ -273,7 +292,8 @@ def _placed(plan, changed, why):
     values,rows,measured = {},[],{plan.table.name[i] for i in _asking(plan)}
     def shared(k):
         found = [o.get(k) for o in changed.values()]
-        return all(o is not None and o.shape==found[0].shape and o.equal(found[0]) for o in found) if found[0] is not None else False
+        def same(a, b): return a==b if isinstance(a, tuple) else a.shape==b.shape and a.equal(b)
+        return all(o is not None and same(o, found[0]) for o in found) if found[0] is not None else False
     for r in plan.table.to_dict('records'):
         k,own = tensor_name(r['name']),task_of(r['name'])
         tasks = [t for t in ([own] if own else changed) if k in changed[t]]
@@ -330,6 +350,58 @@ def _mixed(batches):
     order = torch.randperm(n_inputs(whole), generator=torch.Generator().manual_seed(0))
     return [taken(whole, lambda o: o[ix]) for ix in order[:len(order)//_size*_size or None].split(_size)]
 
+# %% ../nbs/72_fitted.ipynb #b10c0001
+@dataclass
+class _Task:
+    "What is merged and repaired"
+    plan:Plan
+    models:dict
+    base:Checkpoint
+    dtype:str
+    steps:list # Recipes of repairs
+    networks:dict # `{task: Network}`
+    batches:dict # `{task: batches}`
+    heads:list # Modules that are a task's own
+    n_workers:int
+
+    @property
+    def sources(self): return self.models | (dict(base=self.base) if self.base and (self.plan.table.base!=0).any() else {})
+    @property
+    def why(self): return ', '.join(o.text for o in self.steps)
+
+def _whole(task, notes, say):
+    "Plan, rows, what they are read from, what is to be said"
+    networks,batches,heads = task.networks,task.batches,task.heads
+    experts = {t: o.expert() for t,o in networks.items()}
+    for what in task.steps: notes += check_repair(what, experts, batches, heads)
+    for o in notes: say(o)
+    plan,grams,more = _measured(task.plan, experts, networks, batches, heads)
+    merged = merge(plan, task.models, task.base, dtype=task.dtype, grams=grams, n_workers=task.n_workers)
+    start = {t: networks[t].open(task_state(merged, t if t in head_tasks(merged) else None)) for t in task.models}
+    done,said = repaired(task.steps, start, experts, batches, heads)
+    plan,values = _placed(plan, _changed(networks, start, done), task.why)
+    return plan,*_from_memory(plan, task.models, task.base, task.dtype, merged, values),more+said,None
+
+def _by_block(task, how, cuts, batches, notes, out, told, progress, say):
+    "Plan, rows, what they are read from, what is to be said, and where fitted weights lie"
+    from spectrum_merging.blockwise import fit_by_block, fitted_names, start_of
+    from spectrum_merging.folder import fingerprint
+    for o in notes: say(o)
+    given,ties = plan_rows(task.plan, task.models, task.base, task.dtype),tied(task.plan, task.models)
+    start = {t: start_of(given, task.sources, ties, n, task.n_workers) for t,n in task.networks.items()}
+    names = {t: {k: (k, own) for k,own in o.items()} for t,o in fitted_names(cuts, task.networks, how).items()}
+    plan,_ = _placed(task.plan, names, task.why)
+    rows = [r for r in plan_rows(plan, task.models, task.base, task.dtype, fitted=True) if r.name not in ties]
+    mine = {k for o in names.values() for k,own in o.values() if own is None} | {head_name(k, own) for o in names.values() for k,own in o.values() if own}
+    job = [task.plan.digest, task.plan.meta, told, fingerprint(task.sources), [[r.name, r.info.dtype] for r in rows]]
+    bar = Bar(desc='fit', unit=' layers', disable=not progress, leave=False)
+    def shown(n, total):
+        bar.total = total
+        bar.update(n-bar.n)
+    with bar: kept = fit_by_block(cuts, batches, task.networks, how, task.heads, start, [r for r in rows if r.name in mine], out, job, shown, say)
+    def fitted(r): return replace(r, op='linear', coefs={f'made@{r.head}' if r.head else 'made': 1.}, same=(), grams=(), layout=None)
+    return plan,[fitted(r) if r.name in mine else r for r in rows],task.sources | kept.made(),[],kept
+
 # %% ../nbs/72_fitted.ipynb #8cb7cab1
 def merge_fitted(
     plan:Plan, # From `make_plan` or `Plan.load`
@@ -348,6 +420,7 @@ def merge_fitted(
     shard_size:int=5_000_000_000, # Largest number of bytes of a file
     files_from:str=None, # Model whose configuration and tokenizer `out` gets; the first by default
     n_workers:int=None, # Threads; by default one per core
+    memory:int=None, # Bytes that whole networks may take, where they must be in memory; by default what is free
     progress:bool=False, # Show a progress bar
     say=lambda o: None, # Called with what was read and decided, before any work
 ) -> Path: # The folder
@@ -356,19 +429,21 @@ def merge_fitted(
     models,base = name_models(models, base)
     steps,given,networks,batches = looked_at(models, None, repairs, inputs, text, most, tokens, bool(_asking(plan)), networks)
     plan_rows(_averaged(plan, _asking(plan)), models, base, dtype) # what does not fit together is said first
-    heads,experts = own_modules(_own(plan), networks),{t: o.expert() for t,o in networks.items()}
-    notes = [o.said for o in given.values()]
-    for what in steps: notes += check_repair(what, experts, batches, heads)
-    for o in notes: say(o)
-    plan,grams,more = _measured(plan, experts, networks, batches, heads)
-    merged = merge(plan, models, base, dtype=dtype, grams=grams, n_workers=n_workers)
-    start = {t: networks[t].open(task_state(merged, t if t in head_tasks(merged) else None)) for t in models}
-    done,said = repaired(steps, start, experts, batches, heads)
-    plan,values = _placed(plan, _changed(networks, start, done), ', '.join(o.text for o in steps))
+    task = _Task(plan, models, base, dtype, steps, networks, batches, own_modules(_own(plan), networks), n_workers)
+    from spectrum_merging.blockwise import cut_or_whole, ridges
+    how,notes = None if _asking(plan) else ridges(steps),[o.said for o in given.values()]
+    cuts,own,said = cut_or_whole(networks, batches, task.heads, how, memory)
+    notes += said
     told = dict(repairs=[dict(repair=o.text, settings=o.all_settings) for o in steps],
         inputs={t: o.told() | ({} if o.are_images else dict(tokens=tokens)) for t,o in given.items()})
-    rows,numbers = _from_memory(plan, models, base, dtype, merged, values)
-    sources = models | (dict(base=base) if base and (plan.table.base!=0).any() else {})
-    notes = list(dict.fromkeys([*plan.meta.get('notes', []), *beside_notes(models, base, files_from), *notes, *more, *said]))
-    return write_folder(plan, rows, sources, user_path(out).absolute(), numbers=numbers, shard_size=shard_size, files_from=files_from,
+    out = user_path(out).absolute()
+    if cuts: plan,rows,numbers,said,kept = _by_block(task, how, cuts, own, notes, out, told, progress, say)
+    else: plan,rows,numbers,said,kept = _whole(task, notes, say)
+    notes = list(dict.fromkeys([*plan.meta.get('notes', []), *beside_notes(models, base, files_from), *notes, *said]))
+    try: res = write_folder(plan, rows, task.sources, out, numbers=numbers, shard_size=shard_size, files_from=files_from,
         results=results, notes=notes, n_workers=n_workers, progress=progress, dtype=dtype, fitted=told)
+    except BaseException:
+        if kept: kept.part.close()
+        raise
+    if kept: kept.part.remove()
+    return res

@@ -1,0 +1,145 @@
+"Layers fitted block by block: the same numbers as with whole networks, after an interruption too."
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+import numpy as np, pytest, torch
+import transformers as T
+from torch import nn
+from spectrum_merging import carried, match
+from spectrum_merging.checkpoint import Checkpoint
+from spectrum_merging.chain import repair_recipe
+from spectrum_merging.fitted import Network, batches_of, merge_fitted, repaired
+from spectrum_merging.merge import load_model, load_task, merge
+from spectrum_merging.plan import FITTED, Plan, make_plan
+from spectrum_merging.rowfit import Rows, fit_rows
+from spectrum_merging.unlabelled import read_inputs
+from spectrum_merging.verify import verify
+
+words = ['[PAD]','[UNK]',*'a film of no great depth but much wit and some charm in its slow and lovely end'.split()]
+vocab = {w: i for i,w in enumerate(dict.fromkeys(words))}
+text = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24, vocab_size=len(vocab), max_position_embeddings=24)
+image = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=4)
+
+# name: class, configuration by number of labels, kind of inputs
+nets = {'bert': (T.BertForSequenceClassification, lambda n: T.BertConfig(**text, num_labels=n), 'text'),
+    'roberta': (T.RobertaForSequenceClassification, lambda n: T.RobertaConfig(**text, num_labels=n, pad_token_id=0), 'text'),
+    'distilbert': (T.DistilBertForSequenceClassification, lambda n: T.DistilBertConfig(dim=16, n_layers=3, n_heads=2, hidden_dim=24,
+        vocab_size=len(vocab), num_labels=n), 'text'),
+    'electra': (T.ElectraForSequenceClassification, lambda n: T.ElectraConfig(**text, embedding_size=8, num_labels=n), 'text'),
+    'modernbert': (T.ModernBertForSequenceClassification, lambda n: T.ModernBertConfig(**text, num_labels=n, pad_token_id=0, bos_token_id=1,
+        eos_token_id=1, cls_token_id=1, sep_token_id=1), 'text'),
+    'gpt2': (T.GPT2LMHeadModel, lambda n: T.GPT2Config(n_embd=16, n_layer=3, n_head=2, vocab_size=len(vocab), n_positions=24, bos_token_id=1, eos_token_id=1), 'text'),
+    'llama': (T.LlamaForCausalLM, lambda n: T.LlamaConfig(**text, num_key_value_heads=1), 'text'),
+    'llama classifier': (T.LlamaForSequenceClassification, lambda n: T.LlamaConfig(**text, num_key_value_heads=1, num_labels=n, pad_token_id=0), 'text'),
+    'gemma2': (T.Gemma2ForCausalLM, lambda n: T.Gemma2Config(**text, num_key_value_heads=1, head_dim=8, sliding_window=4), 'text'),
+    'qwen2': (T.Qwen2ForCausalLM, lambda n: T.Qwen2Config(**text, num_key_value_heads=1), 'text'),
+    'opt': (T.OPTForCausalLM, lambda n: T.OPTConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, ffn_dim=24, vocab_size=len(vocab),
+        max_position_embeddings=24, word_embed_proj_dim=16, pad_token_id=0), 'text'),
+    'vit': (T.ViTForImageClassification, lambda n: T.ViTConfig(**image, num_labels=n), 'image'),
+    'deit': (T.DeiTForImageClassification, lambda n: T.DeiTConfig(**image, num_labels=n), 'image')}
+
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    tok = Tokenizer(models.WordLevel(vocab, '[UNK]'))
+    tok.pre_tokenizer = pre_tokenizers.Whitespace()
+    return T.PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='[PAD]', unk_token='[UNK]', eos_token='[UNK]')
+
+def sentences(n, seed=0):
+    g = np.random.default_rng(seed)
+    return [' '.join(g.choice(list(vocab)[2:], g.integers(3, 14))) for _ in range(n)]
+
+def made(d, name, dtype=torch.float32):
+    "`{task: folder}`, `{task: inputs}` of two experts with 2 and 5 labels"
+    cls,config,kind = nets[name]
+    models,inputs = {},{}
+    for i,(t,n) in enumerate(dict(mood=2, topic=5).items()):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            net = cls(config(n)).eval()
+        g = torch.Generator().manual_seed(i+1)
+        for p in net.parameters(): p.data += .1*torch.randn(p.shape, generator=g)
+        net.to(dtype).save_pretrained(d/t)
+        models[t],inputs[t] = str(d/t),d/(f'{t}.txt' if kind=='text' else f'{t}_images')
+        if kind=='text':
+            tokenizer().save_pretrained(d/t)
+            inputs[t].write_text('\n'.join(sentences(70+20*i, i)))
+            continue
+        from PIL import Image
+        T.ViTImageProcessor(size=dict(height=16, width=16)).save_pretrained(d/t)
+        inputs[t].mkdir()
+        g = np.random.default_rng(i)
+        for j in range(60): Image.fromarray(g.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(inputs[t]/f'{j}.png')
+    return models,inputs
+
+def whole(models, inputs, repairs, plan, d):
+    "What whole networks give: `{task: state dict}`"
+    plain = merge(plan, models, out=d/'plain')
+    nets = {t: Network(t, Checkpoint(o)) for t,o in models.items()}
+    batches = {t: batches_of(n, read_inputs(inputs[t], t)) for t,n in nets.items()}
+    heads = [o for o in ('classifier','score','head') if any(k.startswith(o+'.') for k in nets['mood'].names)]
+    start = {t: load_model(plain, t if (plain/'heads').exists() else None, attn_implementation='eager').float() for t in models}
+    done,_ = repaired([repair_recipe(o) for o in repairs], start, {t: n.expert() for t,n in nets.items()}, batches, heads)
+    return {t: {nets[t].names[k]: v for k,v in o.state_dict().items() if k in nets[t].names} for t,o in done.items()}
+
+@pytest.mark.parametrize('name', nets)
+def test_like_whole_networks(tmp_path, name):
+    "Block by block, body and heads get the numbers that whole networks give them"
+    models,inputs = made(tmp_path, name)
+    plan = make_plan('standard', models)
+    own = plan.table.name.str.contains('@').any()
+    repairs,said = ['match','heads'] if own else ['match'],[]
+    out = merge_fitted(plan, models, out=tmp_path/'out', repairs=repairs, inputs=inputs, say=said.append)
+    assert any(o.startswith('fitted block by block') and '3 blocks' in o for o in said), said
+    want = whole(models, inputs, repairs, plan, tmp_path)
+    for t in models:
+        found = load_task(out, t if own else None)
+        for k,v in want[t].items():
+            if k in found: assert v.allclose(found[k], rtol=1e-3, atol=1e-4), (t, k, (v-found[k]).abs().max())
+    df = Plan.load(out/'plan.csv').table
+    moved = [r.name for r in df.itertuples() if r.op==FITTED]
+    assert len(moved)>=12 and verify(out, all=True).ok.all()
+    assert not list(tmp_path.glob('.*.partial'))
+
+@pytest.mark.parametrize('rows,inn,out,dead,bias', [(9,40,7,0,True), (9,40,7,0,False), (300,40,7,0,True), (300,40,7,20,True), (9,40,7,30,True), (60,600,3000,0,True)])
+def test_rows(rows, inn, out, dead, bias):
+    "A layer fitted from rows on the disk is the layer fitted from rows in memory"
+    g = torch.Generator().manual_seed(rows)
+    X,Z,true = Rows(inn),Rows(out),torch.randn(out, inn, generator=g)
+    for t in 'ab':
+        for h in (0, 1):
+            for j in range(3):
+                x = torch.randn(rows//3+j+(t=='b'), inn, generator=g)+1
+                x[:,:dead] = 0
+                X.add(t, h, x)
+                Z.add(t, h, x@true.T+2+.1*torch.randn(len(x), out, generator=g))
+    def both(o): return {t: [torch.cat(list(o.chunks(t, h))) for h in (0, 1)] for t in o.tasks}
+    one,two = (nn.Linear(inn, out, bias=bias).requires_grad_(False) for _ in range(2))
+    two.load_state_dict(one.state_dict())
+    fit_rows(one, X, Z, .03)
+    match._fit(two, None, both(X), both(Z), True, .03)
+    for k,v in one.state_dict().items(): assert v.allclose(two.state_dict()[k], rtol=1e-4, atol=1e-4*float(v.abs().max())), k
+
+class Killed(BaseException): pass
+
+@pytest.mark.parametrize('at', range(5))
+def test_goes_on(tmp_path, monkeypatch, at):
+    "Stopped in any block, while it is written too, the same command ends with the same bytes; what was done is not done again"
+    models,inputs = made(tmp_path, 'bert', torch.bfloat16)
+    def run(out, **more): return merge_fitted(make_plan('standard', models), models, out=out, repairs=['match','heads'], inputs=inputs, **more)
+    want,fits = run(tmp_path/'want'),[]
+    finish,fit = carried.Kept.finish,carried.fit_rows
+    def stop(self, i, fitted):
+        if i==at:
+            if at%2: finish(self, i, fitted)
+            else: self.part.write(*self.where[self.rows[self.segments[i]][0].name][:1], b'torn', 9) if self.rows[self.segments[i]] else None
+            self.part.close()
+            raise Killed
+        finish(self, i, fitted)
+    monkeypatch.setattr(carried.Kept, 'finish', stop)
+    with pytest.raises(Killed): run(tmp_path/'out')
+    monkeypatch.setattr(carried.Kept, 'finish', finish)
+    monkeypatch.setattr(carried, 'fit_rows', lambda *a: (fits.append(1), fit(*a)))
+    said = []
+    out = run(tmp_path/'out', say=said.append)
+    for o in sorted(want.rglob('*.safetensors')): assert o.read_bytes()==(out/o.relative_to(want)).read_bytes(), o
+    done = at+at%2
+    assert len(fits)==6*max(0, 3-max(0, done-1))+3*(done<5) and bool(done)==any('goes on' in o for o in said)
