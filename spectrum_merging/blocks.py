@@ -8,7 +8,7 @@ Docs: nbs/67_blocks.ipynb"""
 __all__ = ['skeleton', 'find_blocks', 'Call', 'alike', 'Frame', 'on_demand', 'run_outside', 'calls', 'Cut', 'cut']
 
 # %% ../nbs/67_blocks.ipynb #00000003
-import torch
+import torch, torch.nn.functional as F
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -151,11 +151,14 @@ class Frame:
 def _wanted(frame, name, m, held):
     return [k for k in (f'{name}.{o}' if name else o for o,p in m._parameters.items() if p is not None) if frame.first[k] not in held]
 
-def _look_up(m, table, args):
-    "Rows of a table of words that are asked for, and their numbers"
-    rows,numbers = args[0].unique(return_inverse=True)
-    m._parameters['weight'] = nn.Parameter(table[rows].float(), requires_grad=False)
-    return (numbers, *args[1:])
+class _LookUp(TorchFunctionMode):
+    "Rows of a table of words are read as they are stored, and are float32 where they are looked up"
+    def __init__(self, tables):
+        super().__init__()
+        self.tables = tables # `{id of a weight without memory: what is stored}`
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        if f is F.embedding and id(args[1]) in self.tables: return self.tables[id(args[1])][args[0]].float()
+        return f(*args, **(kwargs or {}))
 
 @contextmanager
 def on_demand(
@@ -164,27 +167,24 @@ def on_demand(
     stop:str=None, # Module before which nothing more is run
 ):
     "Modules outside the blocks get their weights as they run, and keep them until the end"
-    inside,held,tables,pads,handles = {id(m) for o in frame.blocks for m in o.modules()},set(),{},{},[]
+    inside,held,tables,handles = {id(m) for o in frame.blocks for m in o.modules()},set(),{},[]
     def before(name, m):
         def f(_, args):
             if name==stop: raise _Done
             table = f'{name}.weight'
-            if isinstance(m, nn.Embedding) and args and isinstance(args[0], Tensor) and not args[0].is_floating_point():
-                if table not in tables: tables.update(source([table]))
-                pads.setdefault(m, m.padding_idx)
-                m.padding_idx = None
-                return _look_up(m, tables[table], args)
+            if isinstance(m, nn.Embedding):
+                if m.weight.is_meta and id(m.weight) not in tables: tables[id(m.weight)] = source([table])[table]
+                return
             for k,v in source(_wanted(frame, name, m, held)).items():
                 frame.place(k, v.float())
                 held.add(frame.first[k])
         return m.register_forward_pre_hook(f)
     try:
         handles = [before(k, m) for k,m in frame.model.named_modules() if id(m) not in inside and (m._parameters or k==stop)]
-        yield
+        with _LookUp(tables): yield
     finally:
         for h in handles: h.remove()
-        for m,pad in pads.items(): m.padding_idx = pad
-        for k in held | {*tables}: frame.place(k)
+        for k in held: frame.place(k)
 
 # %% ../nbs/67_blocks.ipynb #0000000c
 def run_outside(

@@ -7,10 +7,11 @@ from torch import nn
 from spectrum_merging import carried, match
 from spectrum_merging.checkpoint import Checkpoint
 from spectrum_merging.chain import repair_recipe
-from spectrum_merging.fitted import Network, batches_of, merge_fitted, repaired
+from spectrum_merging.fitted import Network, batches_of, merge_fitted, own_modules, repaired
 from spectrum_merging.merge import load_model, load_task, merge
 from spectrum_merging.plan import FITTED, Plan, make_plan
 from spectrum_merging.rowfit import Rows, fit_rows
+from spectrum_merging.units import tensor_name
 from spectrum_merging.unlabelled import read_inputs
 from spectrum_merging.verify import verify
 
@@ -75,7 +76,7 @@ def whole(models, inputs, repairs, plan, d):
     plain = merge(plan, models, out=d/'plain')
     nets = {t: Network(t, Checkpoint(o)) for t,o in models.items()}
     batches = {t: batches_of(n, read_inputs(inputs[t], t)) for t,n in nets.items()}
-    heads = [o for o in ('classifier','score','head') if any(k.startswith(o+'.') for k in nets['mood'].names)]
+    heads = own_modules({tensor_name(k) for k,role in zip(plan.table.name, plan.table.role) if role=='head' or '@' in k}, nets)
     start = {t: load_model(plain, t if (plain/'heads').exists() else None, attn_implementation='eager').float() for t in models}
     done,_ = repaired([repair_recipe(o) for o in repairs], start, {t: n.expert() for t,n in nets.items()}, batches, heads)
     return {t: {nets[t].names[k]: v for k,v in o.state_dict().items() if k in nets[t].names} for t,o in done.items()}
@@ -130,8 +131,8 @@ def test_goes_on(tmp_path, monkeypatch, at):
     def stop(self, i, fitted):
         if i==at:
             if at%2: finish(self, i, fitted)
-            else: self.part.write(*self.where[self.rows[self.segments[i]][0].name][:1], b'torn', 9) if self.rows[self.segments[i]] else None
-            self.part.close()
+            else:
+                for r in self.rows[self.segments[i]][:1]: self.part.write(self.where[r.name][0], b'torn', self.where[r.name][1])
             raise Killed
         finish(self, i, fitted)
     monkeypatch.setattr(carried.Kept, 'finish', stop)
