@@ -1780,6 +1780,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'spectrum_merging.match._solve': ('match.html#_solve', 'spectrum_merging/match.py'),
                                         'spectrum_merging.match._targets': ('match.html#_targets', 'spectrum_merging/match.py'),
                                         'spectrum_merging.match._with_body': ('match.html#_with_body', 'spectrum_merging/match.py'),
+                                        'spectrum_merging.match.centred': ('match.html#centred', 'spectrum_merging/match.py'),
                                         'spectrum_merging.match.check_coverage': ('match.html#check_coverage', 'spectrum_merging/match.py'),
                                         'spectrum_merging.match.enough': ('match.html#enough', 'spectrum_merging/match.py'),
                                         'spectrum_merging.match.enough_of_head': ('match.html#enough_of_head', 'spectrum_merging/match.py'),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .activations import patches, rows
 from .batches import at_mask
 from .matrices import is_conv1d, weight_of
-from .match import most_rows
+from .match import centred, most_rows
 
 # %% ../nbs/68_rowfit.ipynb #00000006
 # 16 MiB in float32
@@ -150,7 +150,7 @@ class _Moments:
             for t in X.tasks:
                 n = max(1, X.n(t, h))
                 for x,z in zip(X.chunks(t, h, Z.width), Z.chunks(t, h, X.width)):
-                    x,z = (x-cx)[:,live],z-cz
+                    x,z = centred(x, cx)[:,live],z-cz
                     A.addmm_(x.T, x, alpha=1/n)
                     B.addmm_(z.T, x, alpha=1/n)
             self.A.append(A)
@@ -178,7 +178,7 @@ class _Few:
 
     def _whole(self, X, h, c, columns):
         "Rows less their mean, each weighted by what it counts"
-        parts = [(x-c)[:,columns]/max(1, X.n(t, h))**.5 for t in X.tasks for x in X.chunks(t, h)]
+        parts = [centred(x, c)[:,columns]/max(1, X.n(t, h))**.5 for t in X.tasks for x in X.chunks(t, h)]
         return torch.cat(parts) if parts else torch.zeros(0, X.width)[:,columns]
     def size(self, h): return float(sum((x.double()**2).sum() for x in self.X[h].split(256)))/self.X[h].shape[1]
     def times(self, X, W): return torch.cat([x.to(self.dtype)@W.T for x in X.split(512)]) if len(X) else torch.zeros(0, len(W), dtype=self.dtype)
