@@ -146,6 +146,8 @@ def token_rows(
         elif closed: found = tok(list(items), truncation=True, max_length=tokens)
         else: found = {k: [o[:tokens] for o in v] for k,v in tok(list(items)).items()}
     keys = [k for k in ('input_ids','token_type_ids') if k in found]
+    if not {i for o in found['input_ids'] for i in o}-set(tok.all_special_ids):
+        raise ValueError(f"{network.task}: its tokenizer knows no word of the texts: copy the right one into its folder (save_pretrained)")
     most = getattr(network.config, 'vocab_size', None)
     if most and max((max(o, default=0) for o in found['input_ids']), default=0)>=most:
         raise ValueError(f"{network.task}: its tokenizer gives numbers that its network of {most} words does not have: copy the right one into its folder")

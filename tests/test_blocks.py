@@ -32,7 +32,7 @@ nets = {'bert': (T.BertForSequenceClassification, lambda n: T.BertConfig(**text,
     'llama': (T.LlamaForCausalLM, lambda n: T.LlamaConfig(**text, num_key_value_heads=1), 'text'),
     'llama classifier': (T.LlamaForSequenceClassification, lambda n: T.LlamaConfig(**text, num_key_value_heads=1, num_labels=n, pad_token_id=0), 'text'),
     'gemma2': (T.Gemma2ForCausalLM, lambda n: T.Gemma2Config(**text, num_key_value_heads=1, head_dim=8, sliding_window=4), 'text'),
-    'qwen2': (T.Qwen2ForCausalLM, lambda n: T.Qwen2Config(**text, num_key_value_heads=1), 'text'),
+    'llama with biases': (T.LlamaForCausalLM, lambda n: T.LlamaConfig(**text, num_key_value_heads=1, attention_bias=True, mlp_bias=True), 'text'),
     'opt': (T.OPTForCausalLM, lambda n: T.OPTConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, ffn_dim=24, vocab_size=len(vocab),
         max_position_embeddings=24, word_embed_proj_dim=16, pad_token_id=0), 'text'),
     'vit': (T.ViTForImageClassification, lambda n: T.ViTConfig(**image, num_labels=n), 'image'),
@@ -118,6 +118,29 @@ def test_rows(rows, inn, out, dead, bias):
     fit_rows(one, X, Z, .03)
     match._fit(two, None, both(X), both(Z), True, .03)
     for k,v in one.state_dict().items(): assert v.allclose(two.state_dict()[k], rtol=1e-4, atol=1e-4*float(v.abs().max())), k
+
+def test_one_word(tmp_path):
+    "A tokenizer that knows no word is refused: all inputs are one, and a fit to them means nothing"
+    models,inputs = made(tmp_path, 'llama')
+    inputs['topic'].write_text('\n'.join(f'unheard {i}' for i in range(60)))
+    with pytest.raises(ValueError, match='knows no word'): merge_fitted(make_plan('standard', models), models, out=tmp_path/'out', repairs=['match'], inputs=inputs)
+
+@pytest.mark.parametrize('bias', (True, False))
+def test_still_inputs(bias):
+    "Inputs that vary by rounding alone leave the weight, in memory and from the disk"
+    one,two = (nn.Linear(8, 4, bias=bias).requires_grad_(False) for _ in range(2))
+    two.load_state_dict(one.state_dict())
+    x,z = torch.randn(8).expand(50, 8).clone(),torch.randn(4).expand(50, 4).clone()
+    if not bias: x[:],z[:] = 0,1
+    X,Z,was = Rows(8),Rows(4),one.weight.clone()
+    for h in (0, 1):
+        X.add('a', h, x)
+        Z.add('a', h, z)
+    fit_rows(one, X, Z, .03)
+    match._fit(two, None, dict(a=[x, x]), dict(a=[z, z]), True, .03)
+    for m in (one, two):
+        assert m.weight.allclose(was)
+        if bias: assert m(x[0]).allclose(z[0], atol=1e-5)
 
 class Killed(BaseException): pass
 
