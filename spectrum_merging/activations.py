@@ -227,6 +227,7 @@ def seen(
         res.append((k, len(i) if isinstance(i, Tensor) and i.ndim else None, i, o, plain))
     return res,look
 
+# %% ../nbs/66_activations.ipynb #503d2711
 def some(
     x, # A batch
     k:int, # How many inputs

@@ -63,6 +63,7 @@ def _hidden(out): return out[0] if isinstance(out, (tuple, list)) else out
 
 class _Done(Exception): pass
 
+# %% ../nbs/67_blocks.ipynb #2d9633a6
 @dataclass(frozen=True)
 class Call:
     "What a block gets beside the hidden states"
@@ -297,6 +298,7 @@ def _in_order(frame, phases, kinds):
 
 def _flat(parts): return [o for v in parts.values() for o in v]
 
+# %% ../nbs/67_blocks.ipynb #371d555f
 def _same(seen):
     "`{layer: the first that gets the very same input}` of a segment"
     res = {}

@@ -29,6 +29,7 @@ def _bytes(x):
     "Numbers of a tensor as they are stored"
     return x.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
 
+# %% ../nbs/70_carried.ipynb #3dddd1e2
 class Kept:
     "Hidden states and fitted weights of a pass, on the disk"
     def __init__(self,
@@ -44,6 +45,9 @@ class Kept:
         except BaseException:
             self.part.close()
             raise
+
+    def __enter__(self): return self
+    def __exit__(self, kind, *_): self.part.close() if kind else self.part.remove()
 
     def _open(self):
         self.files = outputs([r for o in self.rows.values() for r in o], 1<<62)
@@ -72,18 +76,20 @@ class Kept:
         if states and segment<max(o//2 for o in self.part.done)-1: return False
         return (self._sum_states(segment) if states else self._sum_rows(segment))==self.part.done[i]
 
-    def _sum_rows(self, i):
-        found = (self.part.read(self.where[r.name][0], r.info.nbytes, self.where[r.name][1]) for r in self.rows[self.segments[i]])
-        return sum(word_sum(np.frombuffer(o, 'u1')) for o in found) % (1<<64)
-
-    def _sum_states(self, i):
-        total,step = 0,1<<22
-        for k,o in self.shapes.items():
-            size = 4*sum(map(prod, o))
-            for at in range(0, size, step): total += word_sum(np.frombuffer(self.part.read(self._file(k, i), min(step, size-at), at), 'u1'))
-        return total % (1<<64)
-
 # %% ../nbs/70_carried.ipynb #00000007
+@patch
+def _sum_rows(self:Kept, i):
+    found = (self.part.read(self.where[r.name][0], r.info.nbytes, self.where[r.name][1]) for r in self.rows[self.segments[i]])
+    return sum(word_sum(np.frombuffer(o, 'u1')) for o in found) % (1<<64)
+
+@patch
+def _sum_states(self:Kept, i):
+    total,step = 0,1<<22
+    for k,o in self.shapes.items():
+        size = 4*sum(map(prod, o))
+        for at in range(0, size, step): total += word_sum(np.frombuffer(self.part.read(self._file(k, i), min(step, size-at), at), 'u1'))
+    return total % (1<<64)
+
 @patch
 def states(self:Kept,
     i:int, # Number of the segment that they left
@@ -134,6 +140,7 @@ def portions(
         return [taken(x, lambda o: o[i:i+step]) for i in range(0, n_inputs(x), step)]
     return [o for x in batches for o in parts(x)]
 
+# %% ../nbs/70_carried.ipynb #5e440668
 class Pass:
     "Networks of all tasks, block by block"
     def __init__(self,
@@ -242,6 +249,7 @@ def _targets(self:Pass, kept, segment, folder):
                 if segment!='after': kept.keep_states(self.segments.index(segment), ('expert', t), i, out)
     return found
 
+# %% ../nbs/70_carried.ipynb #1eb9d145
 @patch
 def _enter(self:Pass, kept, segment, frame, group, tasks, draws, folder):
     "What enters a group of layers in the merged network"
@@ -294,6 +302,7 @@ def _fit_heads(self:Pass, kept, body, goals, folder, say):
                 say(len(group))
     return res
 
+# %% ../nbs/70_carried.ipynb #788ffffb
 @patch
 @torch.no_grad()
 def run(self:Pass,

@@ -10,10 +10,11 @@ __all__ = ['TOKENS', 'Network', 'token_rows', 'padded', 'pixels', 'batches_of', 
 
 # %% ../nbs/72_fitted.ipynb #ab02c466
 import copy, numpy as np, warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from .chain import check_repair, repair_recipe
+from .chain import block_ridges, check_repair, repair_recipe
 from .checkpoint import Checkpoint
 from .files import lies_inside, user_path
 from .folder import tied, write_folder
@@ -61,31 +62,11 @@ class Network:
             "save the expert again with save_pretrained")
         return model.eval()
 
-    def frame(self): # `Frame`
-        "The network without weights, to be run block by block. Raises `ValueError` where it cannot"
-        import torch
-        from spectrum_merging.blocks import Frame, skeleton
-        kind = getattr(self, 'kind', None)
-        if not hasattr(kind, '_from_config'): raise ValueError("it is no network of transformers")
-        config = copy.deepcopy(self.config)
-        # a cache of a text's words would grow with each run
-        config.use_cache = False
-        with quiet(): return Frame(skeleton(lambda: kind._from_config(config, dtype=torch.float32, attn_implementation='eager')))
-
-    def _as_written(self):
-        "`{name in the network: name in the file}` where files have the network's own names; else None"
-        try: frame = self.frame()
-        except ValueError: return None
-        def there(k): return k in self.ckpt.infos and self.ckpt.infos[k].is_float and tuple(self.ckpt.infos[k].shape)==frame.shapes[frame.first[k]]
-        found = {k: next(filter(there, o), None) for k,o in frame.aliases.items()}
-        return None if None in found.values() else {k: found[o] for k,o in frame.first.items()}
+    def frame(self): return _frame(self)
 
     @cached_property
-    def names(self): return self._as_written() or _file_names(self)
-
-    def expert(self):
-        "The expert itself"
-        return self.open({k: self.ckpt.read(k) for k in self.ckpt})
+    def names(self): return _as_written(self) or _file_names(self)
+    def expert(self): return self.open({k: self.ckpt.read(k) for k in self.ckpt})
 
     @cached_property
     def tokenizer(self):
@@ -98,6 +79,26 @@ class Network:
         return _auto(AutoImageProcessor, self, 'image processor', _pixels)
 
 # %% ../nbs/72_fitted.ipynb #63a14666
+def _frame(network): # `Frame`
+    "A network without weights, to be run block by block. Raises `ValueError` where it cannot"
+    import torch
+    from spectrum_merging.blocks import Frame, skeleton
+    kind = getattr(network, 'kind', None)
+    if not hasattr(kind, '_from_config'): raise ValueError("it is no network of transformers")
+    config = copy.deepcopy(network.config)
+    # a cache of a text's words would grow with each run
+    config.use_cache = False
+    with quiet(): return Frame(skeleton(lambda: kind._from_config(config, dtype=torch.float32, attn_implementation='eager')))
+
+def _as_written(network):
+    "`{name in the network: name in the file}` where files have the network's own names; else None"
+    try: frame = _frame(network)
+    except ValueError: return None
+    infos = network.ckpt.infos
+    def there(k): return k in infos and infos[k].is_float and tuple(infos[k].shape)==frame.shapes[frame.first[k]]
+    found = {k: next(filter(there, o), None) for k,o in frame.aliases.items()}
+    return None if None in found.values() else {k: found[o] for k,o in frame.first.items()}
+
 def _file_names(network) -> dict: # `{name in the network: name in the file}`
     "Which tensor of the file is which of the network's"
     import torch
@@ -432,20 +433,16 @@ def merge_fitted(
     steps,given,networks,batches = looked_at(models, None, repairs, inputs, text, most, tokens, bool(_asking(plan)), networks)
     plan_rows(_averaged(plan, _asking(plan)), models, base, dtype) # what does not fit together is said first
     task = _Task(plan, models, base, dtype, steps, networks, batches, own_modules(_own(plan), networks), n_workers)
-    from spectrum_merging.blockwise import cut_or_whole, ridges
-    how,notes = None if _asking(plan) else ridges(steps),[o.said for o in given.values()]
+    from spectrum_merging.blockwise import cut_or_whole
+    how = None if _asking(plan) else block_ridges(steps)
     cuts,own,said = cut_or_whole(networks, batches, task.heads, how, memory)
-    notes += said
+    notes = [o.said for o in given.values()]+said
     told = dict(repairs=[dict(repair=o.text, settings=o.all_settings) for o in steps],
         inputs={t: o.told() | ({} if o.are_images else dict(tokens=tokens)) for t,o in given.items()})
     out = user_path(out).absolute()
     if cuts: plan,rows,numbers,said,kept = _by_block(task, how, cuts, own, notes, out, told, progress, say)
     else: plan,rows,numbers,said,kept = _whole(task, notes, say)
     notes = list(dict.fromkeys([*plan.meta.get('notes', []), *beside_notes(models, base, files_from), *notes, *said]))
-    try: res = write_folder(plan, rows, task.sources, out, numbers=numbers, shard_size=shard_size, files_from=files_from,
-        results=results, notes=notes, n_workers=n_workers, progress=progress, dtype=dtype, fitted=told)
-    except BaseException:
-        if kept: kept.part.close()
-        raise
-    if kept: kept.part.remove()
-    return res
+    with kept or nullcontext():
+        return write_folder(plan, rows, task.sources, out, numbers=numbers, shard_size=shard_size, files_from=files_from,
+            results=results, notes=notes, n_workers=n_workers, progress=progress, dtype=dtype, fitted=told)

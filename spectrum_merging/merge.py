@@ -43,6 +43,7 @@ def _lies_in(source):
     own = [] if Path(source.label).is_file() else [o for o in (source.folder, source.source) if o]
     return own+source.files+(_lies_in(source.base) if source.base else [])
 
+# %% ../nbs/60_merge.ipynb #cc2c3c05
 def check_out(
     out, # Folder to write
     inputs=(), # Models that are read: paths, or `Checkpoint`s

@@ -9,6 +9,7 @@ __all__ = ['CHUNK', 'Rows', 'Draw', 'fit_rows']
 
 # %% ../nbs/68_rowfit.ipynb #00000003
 import numpy as np, os, tempfile, torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from .activations import patches, rows
 from .batches import at_mask
@@ -59,16 +60,17 @@ class Rows:
                 if done<len(flat): raise OSError(f"rows of a layer cannot be read again: {done} of {len(flat)} bytes are there")
                 yield torch.from_numpy(res)
 
-    def mean(self, # Of each task
-    ) -> dict: # `{task: (width,) float64}`
-        "Mean row per task, over both halves"
-        res = {}
-        for t in self.tasks:
-            total = sum(x.double().sum(0) for h in (0, 1) for x in self.chunks(t, h))
-            res[t] = total/sum(self.n(t, h) for h in (0, 1))
-        return res
-
     def close(self): self.file.close()
+
+# %% ../nbs/68_rowfit.ipynb #fade0001
+@patch
+def mean(self:Rows) -> dict: # `{task: (width,) float64}`
+    "Mean row per task, over both halves"
+    res = {}
+    for t in self.tasks:
+        total = sum(x.double().sum(0) for h in (0, 1) for x in self.chunks(t, h))
+        res[t] = total/sum(self.n(t, h) for h in (0, 1))
+    return res
 
 # %% ../nbs/68_rowfit.ipynb #00000008
 class Draw:
