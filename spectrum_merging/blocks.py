@@ -143,7 +143,8 @@ class Frame:
     ):
         "A block with weights for a while, in float32"
         names = self.own(i)
-        for k,v in source(names).items(): self.place(k, v.float())
+        # one by one: all of a block as they are stored would be half as much again
+        for k in names: self.place(k, source([k])[k].float())
         try: yield self.blocks[i]
         finally:
             for k in names: self.place(k)

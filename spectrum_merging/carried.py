@@ -19,6 +19,7 @@ from .blocks import Cut, alike, calls, on_demand, run_outside
 from .checkpoint import Checkpoint
 from .journal import Partial
 from .matrices import weight_of
+from .parallel import give_back
 from .rowfit import Draw, Rows, fit_rows
 from .stream import outputs, word_sum
 
@@ -247,6 +248,7 @@ def _targets(self:Pass, kept, segment, folder):
                 at['i'] = i
                 out = self._run(segment, cut.frame, 'expert', t, i, h)
                 if segment!='after': kept.keep_states(self.segments.index(segment), ('expert', t), i, out)
+        give_back()
     return found
 
 # %% ../nbs/70_carried.ipynb #1eb9d145
@@ -278,7 +280,9 @@ def _fit_group(self:Pass, kept, segment, frame, group, own, goals, folder, ridge
         m,Z = frame.model.get_submodule(k),goals.pop((own, k))[0]
         fit_rows(m, X, Z, ridge)
         Z.close()
-        res |= {f'{k}.{o}': p.detach().clone() for o,p in m._parameters.items() if p is not None}
+        # pieces of all sizes come and go: kept for later, they add up from block to block
+        give_back()
+        res |= {f'{k}.{o}': p.detach() for o,p in m._parameters.items() if p is not None}
     X.close()
     return res
 

@@ -127,7 +127,7 @@ _outputs = 1<<22 # Numbers of the outputs' weights in work at a time
 
 def _slices(W): 
     step = max(1, _outputs//max(1, W.shape[1]))
-    return [slice(i, i+step) for i in range(0, len(W), step)]
+    return [slice(i, min(i+step, len(W))) for i in range(0, len(W), step)]
 
 def _factor(A, ridge):
     "Solves (A+ridge)x = b; `A` is used up"
@@ -142,6 +142,13 @@ def _scaled(num, den):
     fit = num/den.clamp(min=1e-30)
     return torch.where(fit>1e-3, fit, 1.)[:,None]
 
+def _inner(X, Y, dtype=torch.float32):
+    "X Yᵀ, some columns at a time"
+    res = torch.zeros(len(X), len(Y), dtype=dtype)
+    for a,b in zip(X.split(512, 1), Y.split(512, 1)): res.addmm_(a.to(dtype), b.to(dtype).T)
+    return res
+
+# %% ../nbs/68_rowfit.ipynb #fade0002
 class _Moments:
     "Moments of both halves, and what is solved with them"
     def __init__(self, X, Z, cx, cz, live):
@@ -159,16 +166,29 @@ class _Moments:
             self.B.append(B)
 
     def size(self, h): return float(self.A[h].diagonal().mean())
-    def factor(self, h, s, W): return _scaled((self.B[h][s]*W).sum(1), ((W@self.A[h])*W).sum(1))
-    def solver(self, h, ridge, last=False):
-        size = ridge*self.size(h)
-        solve = _factor(self.A[h] if last else self.A[h].clone(), size)
-        return lambda s, P: solve((self.B[h][s]+size*P).T).T
-    def error(self, h, s, W): return float(((W@self.A[h])*W).sum()-2*(W*self.B[h][s]).sum())
-    def together(self):
-        "One half of both, in float64"
-        self.A = [(self.A[0].add_(self.A.pop())).double().div_(2)]
-        self.B = [(self.B[0].add_(self.B.pop())).div_(2)]
+    def chosen(self, W, ridge):
+        "The ridge (times a power of ten) that serves the other half of the inputs best"
+        (A,A2),(B,B2),best = self.A,self.B,None
+        P = torch.cat([W[s]*_scaled((B[s]*W[s]).sum(1), ((W[s]@A)*W[s]).sum(1)) for s in _slices(W)])
+        for r in ridge*10.**np.arange(4):
+            size,error = r*self.size(0),0.
+            solve = _factor(A.clone(), size)
+            for s in _slices(W):
+                new = solve((B[s]+size*P[s]).T).T
+                error += float(((new@A2)*new).sum()-2*(new*B2[s]).sum())
+            if best and error>=best[0]: break
+            best = error,r
+        return best[1]
+
+    def fitted(self, W, ridge):
+        "Some of the new weight's rows after another, from all inputs, in float64"
+        A = self.A[0].add_(self.A.pop()).double().div_(2)
+        B = self.B[0].add_(self.B.pop()).div_(2)
+        self.A = self.B = None
+        scale = [_scaled((B[s]*W[s].double()).sum(1), ((W[s].double()@A)*W[s]).sum(1)) for s in _slices(W)]
+        size = ridge*float(A.diagonal().mean())
+        solve = _factor(A, size)
+        for s,f in zip(_slices(W), scale): yield s,f,solve((B[s]+size*(W[s].double()*f)).T).T
 
 # %% ../nbs/68_rowfit.ipynb #0000000b
 class _Few:
@@ -176,51 +196,41 @@ class _Few:
     def __init__(self, X, Z, cx, cz, live):
         self.X = [self._whole(X, h, cx, live) for h in (0, 1)]
         self.Z = [self._whole(Z, h, cz, slice(None)) for h in (0, 1)]
-        self.dtype,self.kept = torch.float32,{}
 
     def _whole(self, X, h, c, columns):
         "Rows less their mean, each weighted by what it counts"
-        parts = [centred(x, c)[:,columns]/max(1, X.n(t, h))**.5 for t in X.tasks for x in X.chunks(t, h)]
+        parts = [centred(x, c)[:,columns].div_(max(1, X.n(t, h))**.5) for t in X.tasks for x in X.chunks(t, h)]
         return torch.cat(parts) if parts else torch.zeros(0, X.width)[:,columns]
     def size(self, h): return float(sum((x.double()**2).sum() for x in self.X[h].split(256)))/self.X[h].shape[1]
-    def times(self, X, W): return torch.cat([x.to(self.dtype)@W.T for x in X.split(512)]) if len(X) else torch.zeros(0, len(W), dtype=self.dtype)
-    def inner(self, X, Y):
-        "X Yᵀ, some columns at a time"
-        res = torch.zeros(len(X), len(Y), dtype=self.dtype)
-        for a,b in zip(X.split(512, 1), Y.split(512, 1)): res.addmm_(a.to(self.dtype), b.to(self.dtype).T)
-        return res
-    def factor(self, h, s, W):
-        y,z = self.times(self.X[h], W),self.Z[h][:,s]
-        return _scaled((z*y).sum(0), (y*y).sum(0))
-    def solver(self, h, ridge, last=False):
-        X,Z = self.X[h],self.Z[h]
-        solve = _factor(self.inner(X, X), ridge*self.size(h))
-        def one(s, P):
-            a = solve(Z[:,s]-self.times(X, P))
-            res = P.clone()
-            for i in range(0, len(X), 512): res.addmm_(a[i:i+512].T, X[i:i+512].to(self.dtype))
-            return res
-        return one
-    def error(self, h, s, W):
-        y = self.times(self.X[h], W)
-        return float((y*y).sum()-2*(y*self.Z[h][:,s]).sum())
-    def together(self):
-        "One half of both, in float64"
-        self.dtype = torch.float64
-        self.X,self.Z = ([torch.cat(o).mul_(.5**.5)] for o in (self.X, self.Z))
+
+    def chosen(self, W, ridge):
+        "The ridge (times a power of ten) that serves the other half of the inputs best"
+        (X,other),(Z,goal) = self.X,self.Z
+        K,K2,best = _inner(X, X),_inner(other, X),None
+        Y,Y2 = (torch.cat([o@W[s].T for s in _slices(W)], 1) for o in (X, other))
+        f = _scaled((Z*Y).sum(0), (Y*Y).sum(0)).T
+        left,Y2 = Z-Y.mul_(f),Y2.mul_(f)
+        for r in ridge*10.**np.arange(4):
+            y = torch.addmm(Y2, K2, _factor(K.clone(), r*self.size(0))(left))
+            error = float((y*y).sum()-2*(y*goal).sum())
+            if best and error>=best[0]: break
+            best = error,r
+        return best[1]
+
+    def fitted(self, W, ridge):
+        "Some of the new weight's rows after another, from all inputs, in float64"
+        X,Z = (torch.cat(o).mul_(.5**.5) for o in (self.X, self.Z))
+        self.X = self.Z = None
+        solve = _factor(_inner(X, X, torch.float64), ridge*float(sum((x.double()**2).sum() for x in X.split(256)))/X.shape[1])
+        for s in _slices(W):
+            P,z = W[s].double(),Z[:,s].double()
+            y = torch.cat([x.double()@P.T for x in X.split(512)])
+            f = _scaled((z*y).sum(0), (y*y).sum(0))
+            a,P = solve(z-y*f.T),P.mul_(f)
+            for x,o in zip(X.split(512), a.split(512)): P.addmm_(o.T, x.double())
+            yield s,f,P
 
 # %% ../nbs/68_rowfit.ipynb #0000000c
-def _chosen(found, W, ridge):
-    "The ridge (times a power of ten) that serves the other half of the inputs best"
-    best,slices = None,_slices(W)
-    P = torch.cat([W[s]*found.factor(0, s, W[s]) for s in slices])
-    for r in ridge*10.**np.arange(4):
-        solve = found.solver(0, r)
-        error = sum(found.error(1, s, solve(s, P[s])) for s in slices)
-        if best and error>=best[0]: break
-        best = error,r
-    return best[1]
-
 @torch.no_grad()
 def fit_rows(
     m:nn.Module, # Layer; gets its new weight and bias
@@ -232,7 +242,7 @@ def fit_rows(
     if odd := [t for t in X.tasks if any(X.n(t, h)!=Z.n(t, h) for h in (0, 1))]:
         raise ValueError(f"a layer has {sum(X.n(odd[0], h) for h in (0, 1))} inputs in the merged model and {sum(Z.n(odd[0], h) for h in (0, 1))} outputs "
             f"in the expert of {odd[0]}: bring all inputs to one length")
-    W0,mx,mz = weight_of(m).float(),X.mean(),Z.mean()
+    W,mx,mz = weight_of(m).float(),X.mean(),Z.mean()
     count = {t: X.n(t, 0)+X.n(t, 1) for t in X.tasks}
     cx,cz = (sum(count[t]*o[t] for t in count)/sum(count.values()) for o in (mx, mz))
     live = torch.zeros(X.width, dtype=torch.bool)
@@ -242,14 +252,12 @@ def fit_rows(
     if not 0 < live.sum() < .8*len(live): live[:] = True
     c = [(o if m.bias is not None else torch.zeros_like(o)).float() for o in (cx, cz)]
     found = (_Few if sum(count.values())<live.sum() else _Moments)(X, Z, *c, live)
-    W = W0 if live.all() else W0[:,live]
-    best = _chosen(found, W, ridge) if found.size(0)>0 else ridge
-    found.together()
-    scale = [found.factor(0, s, W[s].double()) for s in _slices(W)]
-    solve = found.solver(0, best, last=True) if found.size(0)>0 else lambda s, P: P
-    res = torch.empty(W0.shape)
-    for s,f in zip(_slices(W), scale):
-        res[s] = (W0[s].double()*f).float()
-        res[s,live] = solve(s, W[s].double()*f).float()
-    m.weight.copy_(res.T if is_conv1d(m) else res.reshape(m.weight.shape))
-    if m.bias is not None: m.bias.copy_(sum(mz[t]-res.double()@mx[t] for t in mx)/len(mx))
+    if found.size(0)>0:
+        part = W if live.all() else W[:,live]
+        res = torch.empty(W.shape)
+        for s,f,new in found.fitted(part, found.chosen(part, ridge)):
+            res[s] = W[s]*f
+            res[s,live] = new.float()
+        m.weight.copy_(res.T if is_conv1d(m) else res.reshape(m.weight.shape))
+        W = res
+    if m.bias is not None: m.bias.copy_(sum(mz[t]-W.double()@mx[t] for t in mx)/len(mx))
