@@ -17,7 +17,7 @@ from .blocks import cut
 from .carried import Kept, Pass
 from .match import ENOUGH, enough, enough_of_head
 from .merge import in_memory
-from .parallel import free_memory
+from .parallel import free_memory, freed_at_once
 from .units import head_name, is_head
 
 # %% ../nbs/71_blockwise.ipynb #00000008
@@ -62,6 +62,7 @@ def start_of(
         return {k: made[r.name] for k,r in asked.items()}
     return source
 
+@freed_at_once()
 def cut_all(
     networks:dict, # `{task: Network}`
     batches:dict, # `{task: batches}`
@@ -130,6 +131,7 @@ def fitted_names(
     return res
 
 # %% ../nbs/71_blockwise.ipynb #0000000c
+@freed_at_once()
 def fit_by_block(
     cuts:dict, # From `cut_all`
     batches:dict, # Likewise

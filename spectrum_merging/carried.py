@@ -308,6 +308,21 @@ def _fit_heads(self:Pass, kept, body, goals, folder, say):
 
 # %% ../nbs/70_carried.ipynb #788ffffb
 @patch
+def _segment(self:Pass, kept, segment, name, say):
+    "Fit what is in a segment, and carry all networks through it; `{row name: tensor}`"
+    folder,first = kept.part.data,self.cut.frame
+    goals,res = self._targets(kept, segment, folder),{}
+    with self._weights(segment, first, self.sources['merged'][next(iter(self.cuts))], False):
+        for group in self.cut.groups(segment) if self.ridge else []:
+            res |= self._fit_group(kept, segment, first, group, None, goals, folder, self.ridge)
+            say(len(group))
+        if segment!='after':
+            for t in self.cuts: self._carry(kept, segment, first, 'merged', t)
+    fitted = {name(None, k): v for k,v in res.items()}
+    if segment!='after' or not self.head_ridge: return fitted
+    return fitted | {name(*k): v for k,v in self._fit_heads(kept, res, goals, folder, say).items()}
+
+@patch
 @torch.no_grad()
 def run(self:Pass,
     kept:Kept,
@@ -322,24 +337,15 @@ def run(self:Pass,
         nonlocal done
         done += n
         if progress: progress(done, total)
-    folder,first = kept.part.data,self.cut.frame
     for at,segment in enumerate(self.segments):
         if at<kept.done:
             # what blocks get beside hidden states is in no file
             if at==0: self._again()
             say(len(self.layers(segment)))
             continue
-        goals,res = self._targets(kept, segment, folder),{}
-        whole = next(iter(self.cuts))
-        with self._weights(segment, first, self.sources['merged'][whole], False):
-            for group in self.cut.groups(segment) if self.ridge else []:
-                res |= self._fit_group(kept, segment, first, group, None, goals, folder, self.ridge)
-                say(len(group))
-            if segment!='after':
-                for t in self.cuts: self._carry(kept, segment, first, 'merged', t)
-        fitted = {name(None, k): v for k,v in res.items()}
-        if segment=='after' and self.head_ridge: fitted |= {name(*k): v for k,v in self._fit_heads(kept, res, goals, folder, say).items()}
-        kept.finish(at, fitted)
+        # what was fitted is let go of before the next block is read
+        kept.finish(at, self._segment(kept, segment, name, say))
+        give_back()
 
 @patch
 def _again(self:Pass):
