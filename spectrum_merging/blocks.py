@@ -29,13 +29,16 @@ class _Weightless(TorchFunctionMode):
 def skeleton(
     make:Callable, # Gives a module
 ) -> nn.Module: # In evaluation mode, its weights on the device `meta`, tied ones still one
-    "A network without weights. Raises `ValueError` where its buffers need them"
+    "A network without weights. Raises `ValueError` where its buffers need them, and for BatchNorms"
     with _Weightless(): model = make()
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        raise ValueError("it has BatchNorms, which see all inputs at once")
     found = {}
     for m in model.modules():
         for k,p in m._parameters.items():
             if p is None: continue
-            if id(p) not in found: found[id(p)] = p if p.is_meta else nn.Parameter(torch.empty_like(p, device='meta'), requires_grad=False)
+            def light(): return nn.Parameter(torch.empty_like(p, device='meta'), requires_grad=False)
+            if id(p) not in found: found[id(p)] = p if p.is_meta else light()
             # the old one is kept until the end: what lives has an address of its own
             found[id(p), 'old'],m._parameters[k] = p,found[id(p)]
     named = {k for k,_ in model.named_parameters(remove_duplicate=False)}
@@ -44,19 +47,21 @@ def skeleton(
     return model.eval().requires_grad_(False)
 
 # %% ../nbs/67_blocks.ipynb #00000008
-# An encoder and a decoder of one size hold a half each: whichever was cut, the other one would be in memory whole
+# An encoder and a decoder of one size hold a half each: whichever was cut, the other would be in memory whole
 _share = .5 # Of the weights outside of word tables that the blocks hold at least
 
 def find_blocks(
     model:nn.Module,
 ) -> str: # Name of the `nn.ModuleList`
     "The longest list of modules of one class. Raises `ValueError` where there is none that holds most of the network"
-    found = {k: m for k,m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)>1 and len({type(o) for o in m})==1}
+    lists = {k: m for k,m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)>1}
+    found = {k: m for k,m in lists.items() if len({type(o) for o in m})==1}
     def size(m): return sum(p.numel() for p in m.parameters())
     if not found: raise ValueError("it has no list of blocks of one class")
     best = max(found, key=lambda k: size(found[k]))
     tables = sum(size(m) for m in model.modules() if isinstance(m, nn.Embedding))
-    if size(found[best])<=_share*(size(model)-tables): raise ValueError(f"{best}, its largest list of blocks, holds less than half of it")
+    if size(found[best])<=_share*(size(model)-tables):
+        raise ValueError(f"{best}, its largest list of blocks, holds less than half of it")
     return best
 
 def _hidden(out): return out[0] if isinstance(out, (tuple, list)) else out
@@ -92,7 +97,8 @@ def alike(
     b,
 ) -> bool:
     "Whether two arguments are the same to the last bit"
-    if isinstance(a, Tensor): return isinstance(b, Tensor) and a.dtype==b.dtype and a.shape==b.shape and bool(a.equal(b))
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype==b.dtype and a.shape==b.shape and bool(a.equal(b))
     if isinstance(a, (list, tuple)): return type(a) is type(b) and len(a)==len(b) and all(map(alike, a, b))
     if isinstance(a, dict): return isinstance(b, dict) and [*a]==[*b] and all(alike(a[k], b[k]) for k in a)
     if isinstance(a, Call): return isinstance(b, Call) and alike([a.args, a.kwargs, a.name], [b.args, b.kwargs, b.name])
@@ -109,15 +115,15 @@ class Frame:
     ):
         "Raises `ValueError` where it has no blocks"
         self.model,self.at = model,at or find_blocks(model)
-        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()): raise ValueError("it has BatchNorms, which see all inputs at once")
         self.blocks = [*model.get_submodule(self.at)]
         self.rest = None # What a block gives beside the hidden states
         self.aliases,first = {},{}
-        for k,p in model.named_parameters(remove_duplicate=False): self.aliases.setdefault(first.setdefault(id(p), k), []).append(k)
+        for k,p in model.named_parameters(remove_duplicate=False):
+            self.aliases.setdefault(first.setdefault(id(p), k), []).append(k)
         self.first = {o: k for k,v in self.aliases.items() for o in v}
         self.shapes = {k: tuple(p.shape) for k,p in model.named_parameters()}
         words = getattr(model, 'get_output_embeddings', lambda: None)()
-        self.words = next((k for k,m in model.named_modules() if m is words), None) if words is not None else None
+        self.words = None if words is None else next((k for k,m in model.named_modules() if m is words), None)
 
     def __len__(self): return len(self.blocks)
     def own(self,
@@ -151,7 +157,8 @@ class Frame:
 
 # %% ../nbs/67_blocks.ipynb #0000000b
 def _wanted(frame, name, m, held):
-    return [k for k in (f'{name}.{o}' if name else o for o,p in m._parameters.items() if p is not None) if frame.first[k] not in held]
+    names = (f'{name}.{o}' if name else o for o,p in m._parameters.items() if p is not None)
+    return [k for k in names if frame.first[k] not in held]
 
 class _LookUp(TorchFunctionMode):
     "Rows of a table of words are read as they are stored, and are float32 where they are looked up"
@@ -182,7 +189,8 @@ def on_demand(
                 held.add(frame.first[k])
         return m.register_forward_pre_hook(f)
     try:
-        handles = [before(k, m) for k,m in frame.model.named_modules() if id(m) not in inside and (m._parameters or k==stop)]
+        outside = {k: m for k,m in frame.model.named_modules() if id(m) not in inside}
+        handles = [before(k, m) for k,m in outside.items() if m._parameters or k==stop]
         with _LookUp(tables): yield
     finally:
         for h in handles: h.remove()
@@ -194,7 +202,7 @@ def run_outside(
     x, # A batch, from `prepared`
     give:Callable, # `give(i, call, hidden)`: hidden states that block i gives
 ):
-    "Run what lies outside the blocks, with something else in their place; what the network gives, None where it was stopped"
+    "Run what lies outside the blocks, something else in their place; what the network gives, None if it stopped"
     def stub(i):
         def f(*args, **kwargs):
             call,hidden = Call.of(args, kwargs)
@@ -223,7 +231,8 @@ def calls(
 
 # %% ../nbs/67_blocks.ipynb #0000000e
 def _structure(block):
-    return type(block),tuple((k, tuple(p.shape)) for k,p in block.named_parameters()),tuple((k, type(m)) for k,m in block.named_modules())
+    shapes = tuple((k, tuple(p.shape)) for k,p in block.named_parameters())
+    return type(block),shapes,tuple((k, type(m)) for k,m in block.named_modules())
 
 def _try_block(frame, i, call, hidden, source, mods=None):
     "What a block gives, and what is seen of its layers"
@@ -246,11 +255,13 @@ def _try(frame, x, source, skip):
     state = dict(hidden=None, after=0)
     def hook(k): return lambda m, args, out: looks[state['after']](k, args[0] if args else None, out)
     def give(i, call, hidden):
-        if i!=len(got) or i and hidden is not state['hidden']: raise ValueError("its blocks do not run one after the other")
+        if i!=len(got) or i and hidden is not state['hidden']:
+            raise ValueError("its blocks do not run one after the other")
         got.append(call)
         if (kind := _structure(frame.blocks[i])) not in kinds:
             out,found = _try_block(frame, i, call, hidden, source, mods)
-            if not isinstance(_hidden(out), Tensor) or _hidden(out).shape!=hidden.shape: raise ValueError("its blocks give other shapes than they get")
+            if not isinstance(_hidden(out), Tensor) or _hidden(out).shape!=hidden.shape:
+                raise ValueError("its blocks give other shapes than they get")
             if isinstance(out, (tuple, list)): frame.rest = tuple(out[1:])
             else: frame.rest = None
             kinds[kind] = i,found
@@ -295,7 +306,8 @@ def _moved(i, frame, named):
 
 def _in_order(frame, phases, kinds):
     "What was seen, by segment"
-    return {'before': phases[0]} | {i: _moved(i, frame, kinds[_structure(b)]) for i,b in enumerate(frame.blocks)} | {'after': phases[1]}
+    inner = {i: _moved(i, frame, kinds[_structure(b)]) for i,b in enumerate(frame.blocks)}
+    return {'before': phases[0]} | inner | {'after': phases[1]}
 
 def _flat(parts): return [o for v in parts.values() for o in v]
 

@@ -34,8 +34,9 @@ def check_memory(
     size = [4*sum(o.numel for o in n.ckpt.infos.values()) for n in networks.values()]
     need,free = 2*sum(size)+_copies*max(size)+_beside,most if most is not None else free_memory()
     said = f"whole networks of {len(size)} tasks take about {need/1e9:.2g} GB of memory in float32"
-    if free is not None and need>free: raise ValueError(f"{said}, {free/1e9:.2g} GB are {'allowed' if most else 'free'}: "
-        "merge without this repair, end other programs, or use a machine with more memory")
+    if free is not None and need>free:
+        raise ValueError(f"{said}, {free/1e9:.2g} GB are {'allowed' if most else 'free'}: merge without this repair, "
+            "end other programs, or use a machine with more memory")
     return said
 
 # %% ../nbs/71_blockwise.ipynb #00000009
@@ -78,7 +79,8 @@ def cut_all(
         cuts[t] = cut(frame, own[t][0], _source(n), heads, words)
     first = next(iter(cuts.values()))
     for t,c in cuts.items():
-        if c.width!=first.width and not first.by_position or c.frame.at!=first.frame.at or len(c.frame)!=len(first.frame):
+        same = c.frame.at==first.frame.at and len(c.frame)==len(first.frame)
+        if c.width!=first.width and not first.by_position or not same:
             raise ValueError(f"the network of {t} has other blocks than the first one")
     return cuts,own
 
@@ -93,7 +95,8 @@ def check_cuts(
     if how.get('ridge'): enough(first.coverage, type(first.frame.model).__name__)
     for t,c in cuts.items() if how.get('head_ridge') else []:
         n = sum(int(o['attention_mask'].sum()) if 'attention_mask' in o else n_inputs(o) for o in batches[t])
-        enough_of_head(c.head, t, max([c.frame.shapes[f'{o.name}.weight'][0] for o in c.head.layers], default=0), n)
+        wide = max([c.frame.shapes[f'{o.name}.weight'][0] for o in c.head.layers], default=0)
+        enough_of_head(c.head, t, wide, n)
 
 def cut_or_whole(
     networks:dict, # `{task: Network}`
@@ -107,7 +110,8 @@ def cut_or_whole(
         check_memory(networks, memory)
         return None,None,[]
     try: cuts,own = cut_all(networks, batches, heads, 'head_ridge' in how)
-    except ValueError as e: return None,None,[f"not fitted block by block: {e}; {check_memory(networks, memory)}"]
+    except ValueError as e:
+        return None,None,[f"not fitted block by block: {e}; {check_memory(networks, memory)}"]
     check_cuts(cuts, own, how)
     first = next(iter(cuts.values()))
     few = 'ridge' in how and first.coverage.share<ENOUGH
@@ -123,10 +127,12 @@ def fitted_names(
     body,res = next(iter(cuts.values())),{}
     for t,c in cuts.items():
         kinds = [(body.coverage, None)]*bool(how.get('ridge'))+[(c.head, t)]*bool(how.get('head_ridge'))
-        params = [(f'{o.name}.{leaf}', own) for found,own in kinds for o in found.layers for leaf in ('weight','bias')]
+        layers = [(o.name, own) for found,own in kinds for o in found.layers]
+        params = [(f'{k}.{leaf}', own) for k,own in layers for leaf in ('weight','bias')]
         params = [(k, own) for k,own in params if k in c.frame.first]
         if lost := [k for k,_ in params if k not in networks[t].names]:
-            raise ValueError(f"{lost[0]} of {t} is made of several tensors of the file: save the experts again with their newest save_pretrained")
+            raise ValueError(f"{lost[0]} of {t} is made of several tensors of the file: "
+                "save the experts again with their newest save_pretrained")
         res[t] = {networks[t].names[k]: own for k,own in params}
     return res
 
@@ -148,7 +154,9 @@ def fit_by_block(
     "Fit layers and heads, or go on where it was interrupted. Raises `ValueError`, `OSError`"
     first,known = next(iter(networks)),{r.name: r for r in rows}
     done = Pass(cuts, {t: _source(n) for t,n in networks.items()}, start, batches, **how)
-    def name(own, k): return networks[own or first].names[k] if own is None else head_name(networks[own].names[k], own)
+    def name(own, k):
+        file = networks[own or first].names[k]
+        return head_name(file, own) if own else file
     def of(segment):
         names = [name(own, f'{k}.{leaf}') for own,k in done.layers(segment) for leaf in ('weight','bias')
             if f'{k}.{leaf}' in cuts[own or first].frame.first]
@@ -158,7 +166,8 @@ def fit_by_block(
         for x in o:
             for k,v in x.items(): ids.update(f'{t} {k} {tuple(v.shape)} '.encode()+v.contiguous().numpy().tobytes())
     key = [__version__, torch.__version__, transformers.__version__, job, how, ids.hexdigest()]
-    kept = Kept(out, hashlib.sha256(json.dumps(key).encode()).hexdigest(), done.shapes(), {o: of(o) for o in done.segments})
+    job = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    kept = Kept(out, job, done.shapes(), {o: of(o) for o in done.segments})
     if kept.done: say(f"goes on behind segment {kept.done} of {len(done.segments)}")
     try: done.run(kept, name, lambda k: is_head(k, heads), progress)
     except BaseException as e:

@@ -80,7 +80,8 @@ class Kept:
 # %% ../nbs/70_carried.ipynb #00000007
 @patch
 def _sum_rows(self:Kept, i):
-    found = (self.part.read(self.where[r.name][0], r.info.nbytes, self.where[r.name][1]) for r in self.rows[self.segments[i]])
+    def raw(r): return self.part.read(self.where[r.name][0], r.info.nbytes, self.where[r.name][1])
+    found = map(raw, self.rows[self.segments[i]])
     return sum(word_sum(np.frombuffer(o, 'u1')) for o in found) % (1<<64)
 
 @patch
@@ -88,7 +89,9 @@ def _sum_states(self:Kept, i):
     total,step = 0,1<<22
     for k,o in self.shapes.items():
         size = 4*sum(map(prod, o))
-        for at in range(0, size, step): total += word_sum(np.frombuffer(self.part.read(self._file(k, i), min(step, size-at), at), 'u1'))
+        for at in range(0, size, step):
+            raw = self.part.read(self._file(k, i), min(step, size-at), at)
+            total += word_sum(np.frombuffer(raw, 'u1'))
     return total % (1<<64)
 
 @patch
@@ -105,7 +108,8 @@ def states(self:Kept,
 @patch
 def keep_states(self:Kept, i, stream, batch, x):
     "Write hidden states. Raises `ValueError`"
-    if tuple(x.shape)!=self.shapes[stream][batch]: raise ValueError(f"hidden states are {tuple(x.shape)}, expected were {self.shapes[stream][batch]}")
+    want = self.shapes[stream][batch]
+    if tuple(x.shape)!=want: raise ValueError(f"hidden states are {tuple(x.shape)}, expected were {want}")
     self.part.write(self._file(stream, i), _bytes(x.float()), 4*sum(map(prod, self.shapes[stream][:batch])))
 
 @patch
@@ -136,7 +140,8 @@ def portions(
     "Batches small enough for the widest layer of a block"
     most = max(max(s) for k,s in cut.frame.shapes.items() if k.startswith(cut.frame.at+'.'))
     def parts(x):
-        long = max(next((o.shape[1] for o in x.values() if o.ndim==2), 1), cut.width[0] if len(cut.width)>1 and not mask_of(x, cut.frame.model) else 1)
+        fixed = len(cut.width)>1 and not mask_of(x, cut.frame.model)
+        long = max(next((o.shape[1] for o in x.values() if o.ndim==2), 1), cut.width[0] if fixed else 1)
         step = max(1, _wide//(most*long))
         return [taken(x, lambda o: o[i:i+step]) for i in range(0, n_inputs(x), step)]
     return [o for x in batches for o in parts(x)]
@@ -156,7 +161,8 @@ class Pass:
         self.cut = next(iter(cuts.values()))
         if not all(o.by_position for o in cuts.values()):
             flat = [x for o in batches.values() for x in o]
-            flat = iter(one_size(flat, getattr(getattr(self.cut.frame.model, 'config', None), 'pad_token_id', None) or 0))
+            config = getattr(self.cut.frame.model, 'config', None)
+            flat = iter(one_size(flat, getattr(config, 'pad_token_id', None) or 0))
             batches = {t: [next(flat) for _ in o] for t,o in batches.items()}
         self.batches = {t: portions(o, self.cut) for t,o in batches.items()}
         self.masks = {t: [mask_of(x, self.cut.frame.model) for x in o] for t,o in self.batches.items()}
@@ -187,7 +193,8 @@ def _hooked(model, names, f, before=False):
     def after_(k): return lambda m, args, out: f(k, args[0], out)
     def before_(k): return lambda m, args: f(k, args[0], None)
     mods = {k: model.get_submodule(k) for k in names}
-    handles = [m.register_forward_pre_hook(before_(k)) if before else m.register_forward_hook(after_(k)) for k,m in mods.items()]
+    def hooked(k, m): return m.register_forward_pre_hook(before_(k)) if before else m.register_forward_hook(after_(k))
+    handles = [hooked(k, m) for k,m in mods.items()]
     try: yield
     finally:
         for h in handles: h.remove()
@@ -231,7 +238,7 @@ def _carry(self:Pass, kept, segment, frame, who, t):
 # %% ../nbs/70_carried.ipynb #0000000b
 @patch
 def _targets(self:Pass, kept, segment, folder):
-    "What experts give in the layers of a segment: `{(task or None, layer): (Rows, {task: Draw})}`; experts are carried on"
+    "What experts give in a segment's layers: `{(task or None, layer): (Rows, {task: Draw})}`; they are carried on"
     found = {}
     for t,cut in self.cuts.items():
         mine = [(own, k) for own,k in self.layers(segment) if own in (None, t)]
@@ -243,7 +250,8 @@ def _targets(self:Pass, kept, segment, folder):
                 Z,draws = found[own, k]
                 if t not in draws: draws[t] = Draw(m, z, self.masks[t], self.sizes[t], own is not None)
                 draws[t].add(Z, t, at['i'], z, False)
-        with self._weights(segment, cut.frame, self.sources['expert'][t], any(own for own,_ in mine)), _hooked(model, [k for _,k in mine], see):
+        filled = self._weights(segment, cut.frame, self.sources['expert'][t], any(own for own,_ in mine))
+        with filled, _hooked(model, [k for _,k in mine], see):
             for i,h in self._inputs(kept, segment, 'expert', t):
                 at['i'] = i
                 out = self._run(segment, cut.frame, 'expert', t, i, h)
@@ -298,7 +306,8 @@ def _fit_heads(self:Pass, kept, body, goals, folder, say):
         def source(names):
             top = [k for k in names if self.of_head(k)]
             rest = [k for k in names if k not in top and k not in body]
-            return (expert(top) if top else {}) | (merged(rest) if rest else {}) | {k: body[k].clone() for k in names if k in body}
+            made = {k: body[k].clone() for k in names if k in body}
+            return (expert(top) if top else {}) | (merged(rest) if rest else {}) | made
         with self._weights('after', cut.frame, source, True):
             for group in mine:
                 found = self._fit_group(kept, 'after', cut.frame, group, t, goals, folder, self.head_ridge)

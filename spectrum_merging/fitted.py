@@ -175,6 +175,11 @@ def _text_batches(network, items, tokens):
     return [padded(network, rows[_size*i:_size*(i+1)]) for i in deal]
 
 # %% ../nbs/72_fitted.ipynb #ac1324dd
+# As many as the experiments measure statistics on, where images are small
+_most = 250 # Images in a batch
+# 250 images of 64 × 64 pixels; activations of as many with 224 × 224 would take gigabytes
+_numbers = 250*3*64*64 # Of a batch of more than `_size` images
+
 def pixels(
     network:Network,
     items:list, # Paths or bytes of images
@@ -191,9 +196,12 @@ def pixels(
 
 def _image_batches(network, items):
     "Dicts of pixels"
-    order = np.random.default_rng(0).permutation(len(items))
+    import torch
+    # in the order of the experiments' own batches
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(1)).numpy()
+    most = min(_most, max(_size, _numbers//sum(o.numel() for o in pixels(network, items[:1]).values())))
     # all batches have one size: statistics are means over batches
-    n = max(1, round(len(items)/_size))
+    n = max(1, round(len(items)/most))
     return [pixels(network, [items[i] for i in ix]) for ix in order[:len(items)//n*n].reshape(n, -1)]
 
 # %% ../nbs/72_fitted.ipynb #4395ed95
@@ -338,20 +346,13 @@ def repaired(
     heads:list, # Modules that are a task's own
 ) -> tuple: # `{task: network}`, sentences
     "Networks after all repairs, and what they warned of"
+    from spectrum_merging.batches import shuffled
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter('always', UserWarning)
         for what in steps:
-            given = dict(models=models, experts=experts, batches=batches, masks=None, heads=heads, mixed=_mixed(batches))
+            given = dict(models=models, experts=experts, batches=batches, masks=None, heads=heads, mixed=shuffled(batches))
             models = what(**{k: given[k] for k in what.rule.inputs})
     return models,list(dict.fromkeys(str(o.message) for o in found if o.category is UserWarning))
-
-def _mixed(batches):
-    "Inputs of all tasks, shuffled, in batches of one size"
-    import torch
-    from spectrum_merging.batches import joined, n_inputs, one_size, taken
-    whole = joined(one_size([x for o in batches.values() for x in o]))
-    order = torch.randperm(n_inputs(whole), generator=torch.Generator().manual_seed(0))
-    return [taken(whole, lambda o: o[ix]) for ix in order[:len(order)//_size*_size or None].split(_size)]
 
 # %% ../nbs/72_fitted.ipynb #b10c0001
 @dataclass

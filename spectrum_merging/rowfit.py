@@ -56,8 +56,10 @@ class Rows:
             for i in range(0, n, step):
                 res = np.empty((min(step, n-i), self.width), np.float32)
                 flat,done = memoryview(res).cast('B'),0
-                while done<len(flat) and (k := os.preadv(self.file.fileno(), [flat[done:]], at+i*self.width*4+done)): done += k
-                if done<len(flat): raise OSError(f"rows of a layer cannot be read again: {done} of {len(flat)} bytes are there")
+                first = at+i*self.width*4
+                while done<len(flat) and (k := os.preadv(self.file.fileno(), [flat[done:]], first+done)): done += k
+                if done<len(flat):
+                    raise OSError(f"rows of a layer cannot be read again: {done} of {len(flat)} bytes are there")
                 yield torch.from_numpy(res)
 
     def close(self): self.file.close()
@@ -114,7 +116,8 @@ class Draw:
     ):
         "Take the rows of a batch that are drawn"
         r = self._rows(x, i, (lambda o: patches(o, self.m)) if entering else lambda o: rows(o, self.m))
-        if self.at+len(r)>len(self.keep): raise ValueError("a layer sees more rows than its mask says: bring all inputs to one length")
+        if self.at+len(r)>len(self.keep):
+            raise ValueError("a layer sees more rows than its mask says: bring all inputs to one length")
         keep = torch.from_numpy(np.flatnonzero(self.keep[self.at:self.at+len(r)]))
         first = int((keep<self.cut-self.at).sum())
         for half,ix in enumerate((keep[:first], keep[first:])):
@@ -132,9 +135,11 @@ def _slices(W):
 def _factor(A, ridge):
     "Solves (A+ridge)x = b; `A` is used up"
     A.diagonal().add_(ridge)
-    kept = A.clone() if len(A)<=1<<11 else None # large ones are never nearly singular: the ridge is a share of their size
+    # large ones are never nearly singular: the ridge is a share of their size
+    kept = A.clone() if len(A)<=1<<11 else None
     _,bad = torch.linalg.cholesky_ex(A, out=(A, torch.empty(0, dtype=torch.int32)))
-    if bad and kept is None: raise ValueError("the moments of a layer's inputs cannot be inverted: pass a larger ridge, match(ridge=1)")
+    if bad and kept is None:
+        raise ValueError("the moments of a layer's inputs cannot be inverted: pass a larger ridge, match(ridge=1)")
     return (lambda b: torch.linalg.solve(kept, b)) if bad else (lambda b: torch.cholesky_solve(b, A))
 
 def _scaled(num, den):
@@ -199,7 +204,8 @@ class _Few:
 
     def _whole(self, X, h, c, columns):
         "Rows less their mean, each weighted by what it counts"
-        parts = [centred(x, c)[:,columns].div_(max(1, X.n(t, h))**.5) for t in X.tasks for x in X.chunks(t, h)]
+        size = {t: max(1, X.n(t, h))**.5 for t in X.tasks}
+        parts = [centred(x, c)[:,columns].div_(size[t]) for t in X.tasks for x in X.chunks(t, h)]
         return torch.cat(parts) if parts else torch.zeros(0, X.width)[:,columns]
     def size(self, h): return float(sum((x.double()**2).sum() for x in self.X[h].split(256)))/self.X[h].shape[1]
 
@@ -221,7 +227,8 @@ class _Few:
         "Some of the new weight's rows after another, from all inputs, in float64"
         X,Z = (torch.cat(o).mul_(.5**.5) for o in (self.X, self.Z))
         self.X = self.Z = None
-        solve = _factor(_inner(X, X, torch.float64), ridge*float(sum((x.double()**2).sum() for x in X.split(256)))/X.shape[1])
+        size = float(sum((x.double()**2).sum() for x in X.split(256)))/X.shape[1]
+        solve = _factor(_inner(X, X, torch.float64), ridge*size)
         for s in _slices(W):
             P,z = W[s].double(),Z[:,s].double()
             y = torch.cat([x.double()@P.T for x in X.split(512)])
@@ -240,8 +247,9 @@ def fit_rows(
 ):
     "Fit a layer to rows. Raises `ValueError`"
     if odd := [t for t in X.tasks if any(X.n(t, h)!=Z.n(t, h) for h in (0, 1))]:
-        raise ValueError(f"a layer has {sum(X.n(odd[0], h) for h in (0, 1))} inputs in the merged model and {sum(Z.n(odd[0], h) for h in (0, 1))} outputs "
-            f"in the expert of {odd[0]}: bring all inputs to one length")
+        a,b = (sum(o.n(odd[0], h) for h in (0, 1)) for o in (X, Z))
+        raise ValueError(f"a layer has {a} inputs in the merged model and {b} outputs in the expert of {odd[0]}: "
+            "bring all inputs to one length")
     W,mx,mz = weight_of(m).float(),X.mean(),Z.mean()
     count = {t: X.n(t, 0)+X.n(t, 1) for t in X.tasks}
     cx,cz = (sum(count[t]*o[t] for t in count)/sum(count.values()) for o in (mx, mz))
@@ -260,4 +268,4 @@ def fit_rows(
             else: W[s] = (W[s]*f.float()).index_copy_(1, live.nonzero()[:,0], new.float())
         m.weight.copy_(W.T if is_conv1d(m) else W.reshape(m.weight.shape))
     if m.bias is not None:
-        for s in _slices(W): m.bias[s] = (sum(mz[t][s]-W[s].double()@mx[t] for t in mx)/len(mx)).to(m.bias.dtype)
+        for s in _slices(W): m.bias[s] = sum(mz[t][s]-W[s].double()@mx[t] for t in mx).div(len(mx)).to(m.bias.dtype)

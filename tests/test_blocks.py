@@ -1,13 +1,17 @@
 "Layers fitted block by block: the same numbers as with whole networks, after an interruption too."
-import json, os, signal, subprocess, sys, time
+import re, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest, torch
 import transformers as T
 from torch import nn
 from spectrum_merging import carried, match
 from spectrum_merging.checkpoint import Checkpoint
-from spectrum_merging.chain import repair_recipe
+from spectrum_merging.chain import Merge, repair_recipe
 from spectrum_merging.fitted import Network, batches_of, merge_fitted, own_modules, repaired
+from spectrum_merging.lab.images import ImageBudget, Images
+from spectrum_merging.lab.merges import Lab
+from spectrum_merging.lab.tasks import digits_tasks, generated_texts, take
+from spectrum_merging.lab.texts import TextBudget, Texts, load_classifier, load_tokenizer, tiny_base
 from spectrum_merging.merge import load_model, load_task, merge
 from spectrum_merging.plan import FITTED, Plan, make_plan
 from spectrum_merging.rowfit import Rows, fit_rows
@@ -100,6 +104,61 @@ def test_like_whole_networks(tmp_path, name):
     assert len(moved)>=12 and verify(out, all=True).ok.all()
     assert not list(tmp_path.glob('.*.partial'))
 
+def differs(out, made):
+    "Largest difference of a fitted folder's tensors from others, as a share of their size; `made` has `{task: {name in the file: tensor}}`"
+    def state(t): return load_task(out, t if (out/'heads').exists() else None)
+    pairs = [(state(t)[k].float(), v) for t,sd in made.items() for k,v in sd.items() if v.is_floating_point()]
+    return max(float((a-b).norm()/b.norm().clamp(min=1e-6)) for a,b in pairs)
+
+def test_experiments_texts(tmp_path):
+    "What the experiments fit in memory, the command fits block by block: the same weights from the same sentences"
+    base,found,experts = tiny_base(tmp_path/'cache'),generated_texts(['SST-2','Emotion']),{}
+    for i,(t,o) in enumerate(found.items()):
+        net,experts[t],g = load_classifier(base.path, o.names, i),tmp_path/t,torch.Generator().manual_seed(i)
+        for p in net.parameters(): p.data += .05*torch.randn(p.shape, generator=g)
+        for o in net,load_tokenizer(base.path): o.save_pretrained(experts[t])
+    lab = Lab(Texts(), found, TextBudget(train=320, test=40), base, 0, tmp_path/'cache', False, experts)
+    n,models,inputs = 60,{t.lower(): o.path for t,o in lab.modules.items()},{}
+    for t,o in lab.tasks.items():
+        inputs[t.lower()] = tmp_path/f'{t}.txt'
+        inputs[t.lower()].write_text('\n'.join(take(o.x, lab.kind.pick(len(o.x), n, lab.seed))))
+    for strategy,repairs in (('standard', ['match','heads']), ('ridge_mean', ['match'])):
+        merged,said = Merge(lab.plan(strategy)),[]
+        for o in repairs: merged = merged.then(dict(heads='refit').get(o, o), n)
+        start = base.path if strategy!='standard' else None
+        out = merge_fitted(make_plan(strategy, models, start), models, start, tmp_path/strategy, repairs=repairs, inputs=inputs, say=said.append)
+        assert any(o.startswith('fitted block by block') for o in said), said
+        assert differs(out, {t.lower(): sd for t,sd in lab.states(merged).items()})<1e-4
+
+# ResNet-18 of torchvision and of transformers: one network, two sets of names
+def resnet_name(k):
+    for a,b in ((r'^conv1', 'resnet.embedder.embedder.convolution'), (r'^bn1', 'resnet.embedder.embedder.normalization'), (r'downsample\.0', 'shortcut.convolution'),
+        (r'downsample\.1', 'shortcut.normalization'), (r'^fc', 'classifier.1')): k = re.sub(a, b, k)
+    k = re.sub(r'^layer(\d)\.(\d)', lambda m: f'resnet.encoder.stages.{int(m[1])-1}.layers.{m[2]}', k)
+    return re.sub(r'\.(conv|bn)(\d)\.', lambda m: f'.layer.{int(m[2])-1}.{dict(conv="convolution", bn="normalization")[m[1]]}.', k)
+
+def test_experiments_images(tmp_path):
+    "So with images, where statistics of BatchNorms count and the whole network is in memory, which is said"
+    from PIL import Image
+    lab = Lab(Images(), digits_tasks(), ImageBudget(base_epochs=1, expert_steps=15, max_epochs=2, batch=64, train=256, test=64, width=8), cache=tmp_path/'cache', progress=False)
+    n,models,inputs = 60,{},{}
+    for i,(t,o) in enumerate(lab.tasks.items()):
+        config = T.ResNetConfig(layer_type='basic', depths=[2]*4, hidden_sizes=[8,16,32,64], embedding_size=8, num_labels=o.classes)
+        net = T.ResNetForImageClassification(config)
+        net.load_state_dict({resnet_name(k): v for k,v in lab.experts[t].items()})
+        models[f't{i}'],inputs[f't{i}'] = str(tmp_path/f't{i}'),tmp_path/f'images{i}'
+        net.save_pretrained(models[f't{i}'])
+        T.ViTImageProcessor(do_resize=False, image_mean=[72/255]*3, image_std=[90/255]*3).save_pretrained(models[f't{i}'])
+        inputs[f't{i}'].mkdir()
+        for j,x in enumerate(take(o.x, lab.kind.pick(len(o.x), n, lab.seed))): Image.fromarray(x[0].numpy()).save(inputs[f't{i}']/f'{j:03}.png')
+    for repairs in (['match','heads'], ['batchnorm'], ['repair']):
+        merged,said = lab.average(),[]
+        for o in repairs: merged = merged.then(dict(heads='refit', repair='channels').get(o, o), n)
+        out = merge_fitted(make_plan('standard', models), models, out=tmp_path/repairs[0], repairs=repairs, inputs=inputs, say=said.append)
+        assert repairs[0]!='match' or any('it has BatchNorms' in o and 'GB of memory' in o for o in said), said
+        made = {f't{i}': {resnet_name(k): v for k,v in sd.items()} for i,sd in enumerate(lab.states(merged).values())}
+        assert differs(out, made)<1e-3, repairs
+
 @pytest.mark.parametrize('rows,inn,out,dead,bias', [(9,40,7,0,True), (9,40,7,0,False), (300,40,7,0,True), (300,40,7,20,True), (9,40,7,30,True), (60,600,3000,0,True)])
 def test_rows(rows, inn, out, dead, bias):
     "A layer fitted from rows on the disk is the layer fitted from rows in memory"
@@ -167,3 +226,33 @@ def test_goes_on(tmp_path, monkeypatch, at):
     for o in sorted(want.rglob('*.safetensors')): assert o.read_bytes()==(out/o.relative_to(want)).read_bytes(), o
     done = at+at%2
     assert len(fits)==6*max(0, 3-max(0, done-1))+3*(done<5) and bool(done)==any('goes on' in o for o in said)
+
+def large_pair(d):
+    "Two Llama-shaped experts of 1.5 GB, and 64 texts for each"
+    config = T.LlamaConfig(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=14, num_attention_heads=16, num_key_value_heads=4)
+    for i,t in enumerate('xy'):
+        torch.manual_seed(0)
+        net = T.LlamaForCausalLM(config).to(torch.bfloat16)
+        for p in net.parameters(): p.data += .01*torch.randn(p.shape, generator=torch.Generator().manual_seed(i+1), dtype=torch.bfloat16)
+        for o in net,tokenizer(): o.save_pretrained(d/t)
+        (d/f'{t}.txt').write_text('\n'.join(sentences(64, i)))
+
+# A process without large libraries, whose children's largest peak is that of the command
+peak = 'import resource,subprocess,sys; p = subprocess.run(sys.argv[1:]); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss*1024); sys.exit(p.returncode)'
+
+def test_large(tmp_path, request):
+    "A pair of 1.5 GB stays below 1.5 GB of memory, pages of files included; killed at three moments, the same command ends with the same bytes"
+    if not request.config.getoption('--long'): pytest.skip('a pair of 1.5 GB takes 5 GB of the disk and some ten minutes: --long')
+    large_pair(tmp_path)
+    def command(out): return ['spectrum-merge', 'x=x', 'y=y', '--out', out, '--repair', 'match', '--inputs', 'x=x.txt', 'y=y.txt']
+    began = time.time()
+    said = subprocess.run([sys.executable, '-c', peak, *command('want')], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    took = time.time()-began
+    assert 'fitted block by block' in said and int(said.split()[-1])<1.5e9, said
+    for _ in range(3):
+        p = subprocess.Popen(command('out'), cwd=tmp_path, stdout=subprocess.DEVNULL)
+        time.sleep(.2*took)
+        p.kill()
+        assert p.wait()==-signal.SIGKILL
+    assert 'goes on' in subprocess.run(command('out'), cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    for o in (tmp_path/'want').glob('*.safetensors'): assert o.read_bytes()==(tmp_path/'out'/o.name).read_bytes()
