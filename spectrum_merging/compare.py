@@ -193,7 +193,10 @@ def _spoken(s): return f'{s:.2g} s' if s<10 else f'{s:.0f} s' if s<100 else f'{s
 
 # In evaluations. Matching asks experts and merge for their inputs, a layer at a time, and solves for every layer (measured:
 # MiniLM); others pass a third as many inputs as an evaluation has through the merge, some through the experts, too.
-_repair = dict(match=2.5, refit=.7, batchnorm=.4, channels=.8)
+_repair = dict(match=3.3, refit=1.4, batchnorm=.4, channels=.8)
+
+# The best merge is made once more, written and asked: with repairs that takes as long as its row did.
+_writing = .15 # Share of the budget that is kept for it
 
 def _estimate(row, one, made):
     "Seconds that a row takes"
@@ -276,7 +279,7 @@ def _decided(bench, kept, budget, began, say):
     one,made = bench.seconds(_base)[1],max(.01, bench.seconds(_average)[0])
     todo = comparison(len(bench.tasks), bench.experts.normed)
     cost = {o: .01 if bench.stands(o) else _estimate(o, one, made) for o in todo}
-    left,room = {},budget-(time.perf_counter()-began)
+    left,room = {},(1-_writing)*budget-(time.perf_counter()-began)
     if kept.left is None:
         for o in todo:
             if cost[o]<=room: room -= cost[o]
@@ -305,7 +308,7 @@ def _run(bench, kept, budget, began, say, progress):
             if best is None: best = _best(done, 'SNR')
             if best is None: continue
             o = replace(o, strategy=best.strategy)
-        if time.perf_counter()-began>budget and not bench.stands(o):
+        if time.perf_counter()-began>(1-_writing)*budget and not bench.stands(o):
             left[o.name] = 'the budget was used up'
             continue
         def f():

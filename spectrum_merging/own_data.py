@@ -10,6 +10,7 @@ __all__ = ['class_numbers', 'unnamed', 'label_column', 'OwnData', 'content', 'de
 # %% ../nbs/72_own_data.ipynb #00000003
 import hashlib, numpy as np, re
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from .files import digest, user_path
 from .unlabelled import Inputs, column_items, input_columns, plain, read_table, source_sha256
@@ -133,6 +134,13 @@ def content(
     if isinstance(item, (Path, bytes)): return hashlib.sha256(item if isinstance(item, bytes) else item.read_bytes()).hexdigest()
     return '\0'.join(' '.join(o.split()) for o in ([item] if isinstance(item, str) else item))
 
+def _check_images(task, path, items):
+    "Raise `ValueError` for what is no image, by its first bytes"
+    from PIL import Image
+    for i,o in enumerate(items):
+        try: Image.open(BytesIO(o) if isinstance(o, bytes) else o).close()
+        except Exception as e: raise ValueError(f"{task}: {f'image {i+1} of {path}' if isinstance(o, bytes) else o} is no image that can be read: remove it") from e
+
 # %% ../nbs/72_own_data.ipynb #7e1d4946
 def deal(
     keys:list, # The same for inputs that are the same
@@ -206,6 +214,7 @@ def own_data(
     items = column_items(table, columns, path, images)
     kept = [i for i,o in enumerate(items) if o is not None]
     items,labels = [items[i] for i in kept],labels[kept]
+    if images: _check_images(task, path, items)
     keys = [*map(content, items)]
     parts = deal(keys, labels, seed)
     if names is not None: _enough(task, path, labels, parts)

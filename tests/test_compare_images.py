@@ -112,6 +112,8 @@ def test_refused(vits, data, home, tmp_path):
     refused('no columns? of images', data | dict(colour=tmp_path/'a.csv'))
     (tmp_path/'a.doc').write_text('x')
     refused('no table that is known', data | dict(colour=tmp_path/'a.doc'))
+    (data['shade'].parent/'files'/'torn.png').write_bytes(b'no image')
+    refused('torn.png is no image', listed('files/torn.png'))
     refused('size is given without arch', size=32)
     refused('is no classifier of torchvision', arch='resnet_18')
 
