@@ -437,6 +437,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'spectrum_merging.compare._command': ('compare.html#_command', 'spectrum_merging/compare.py'),
                                           'spectrum_merging.compare._decided': ('compare.html#_decided', 'spectrum_merging/compare.py'),
                                           'spectrum_merging.compare._estimate': ('compare.html#_estimate', 'spectrum_merging/compare.py'),
+                                          'spectrum_merging.compare._on_one_core': ( 'compare.html#_on_one_core',
+                                                                                     'spectrum_merging/compare.py'),
                                           'spectrum_merging.compare._prove': ('compare.html#_prove', 'spectrum_merging/compare.py'),
                                           'spectrum_merging.compare._report': ('compare.html#_report', 'spectrum_merging/compare.py'),
                                           'spectrum_merging.compare._run': ('compare.html#_run', 'spectrum_merging/compare.py'),

@@ -23,7 +23,7 @@ from .fitted import merge_fitted, repaired
 from .judged import chance, commonest, figure, ideal, judged, markdown, plain, sentences
 from .merge import check_out, load_model, load_task, merge, task_state
 from .own_data import own_data
-from .parallel import Bar, quiet
+from .parallel import Bar, map_single_threaded, quiet
 from .plan import make_plan
 from .preflight import name_models, preflight, slips
 from .rules import recipe, rules
@@ -70,6 +70,10 @@ def comparison(
         *[Row('SLERP', 'merge', 'slerp', costs=3)]*(n==2), *others[2:]]
 
 # %% ../nbs/75_compare.ipynb #00000007
+def _on_one_core(f):
+    "What `f` gives: sums depend on the number of threads, and threads that share a fit wait for each other where cores are busy"
+    return next(iter(map_single_threaded(lambda _: f(), [None], 1)))
+
 class _Bench:
     "Experts and their data, and what is known of merges of them"
     def __init__(self, experts, seed):
@@ -104,7 +108,7 @@ class _Bench:
         e = self.experts
         if repairs:
             before = self.merged(row, scale, repairs[:-1])
-            return repaired([recipe(repairs[-1], 'repair')], before, e.experts, e.inputs, e.modules)[0]
+            return _on_one_core(lambda: repaired([recipe(repairs[-1], 'repair')], before, e.experts, e.inputs, e.modules)[0])
         found = merge(self.plan(row, scale), e.models, e.base)
         return {t: e.networks[t].open(task_state(found, t)) for t in self.tasks}
 
@@ -193,7 +197,7 @@ def _spoken(s): return f'{s:.2g} s' if s<10 else f'{s:.0f} s' if s<100 else f'{s
 
 # In evaluations. Matching asks experts and merge for their inputs, a layer at a time, and solves for every layer (measured:
 # MiniLM); others pass a third as many inputs as an evaluation has through the merge, some through the experts, too.
-_repair = dict(match=3.3, refit=1.4, batchnorm=.4, channels=.8)
+_repair = dict(match=5, refit=2.5, batchnorm=1, channels=2)
 
 # The best merge is made once more, written and asked: with repairs that takes as long as its row did.
 _writing = .15 # Share of the budget that is kept for it
@@ -331,8 +335,8 @@ def _write_best(bench, row, scale, folder, report):
     "The merged folder"
     plan,e = bench.plan(row, scale),bench.experts
     if not row.repairs: merge(plan, e.models, e.base, folder/'merged', results=report)
-    else: merge_fitted(plan, e.models, e.base, folder/'merged', repairs=row.repairs, inputs={t: o.unlabelled for t,o in bench.data.items()},
-        tokens=e.tokens, networks=e.networks, results=report)
+    else: _on_one_core(lambda: merge_fitted(plan, e.models, e.base, folder/'merged', repairs=row.repairs, networks=e.networks, tokens=e.tokens,
+        inputs={t: o.unlabelled for t,o in bench.data.items()}, results=report))
     return plan
 
 def _prove(bench, row, scale, folder, arch):
