@@ -26,8 +26,9 @@ from .preflight import preflight
 _kinds = 'ForSequenceClassification','ForImageClassification'
 
 # What others are, for those who try
-_others = dict(ForTokenClassification='labels each word', ForMaskedLM='speaks a vocabulary', ForCausalLM='speaks a vocabulary', LMHeadModel='speaks a vocabulary',
-    ForConditionalGeneration='speaks a vocabulary', ForQuestionAnswering='finds places in texts', ForMultipleChoice='chooses among texts',
+_speakers = 'ForMaskedLM','ForCausalLM','LMHeadModel','ForConditionalGeneration','ForPreTraining'
+_others = dict.fromkeys(_speakers, 'speaks a vocabulary') | dict(ForTokenClassification='labels each word',
+    ForQuestionAnswering='finds places in texts', ForMultipleChoice='chooses among texts',
     Model='is a body without a head')
 
 def check_classifier(
@@ -35,16 +36,19 @@ def check_classifier(
     ck:Checkpoint, # Its expert
 ):
     "Raise `ValueError` for what tells no classes apart, by its configuration"
+    def refuse(why): raise ValueError(f"{task}: {ck.label} {why}")
     if ck.folder is None or not ck.config:
-        raise ValueError(f"{task}: {ck.label} has no config.json: pass the folder that save_pretrained wrote, or say what it is with --arch (resnet18, …)")
+        refuse("has no config.json: pass the folder that save_pretrained wrote, or say what it is with "
+            "--arch (resnet18, …)")
     if (ck.folder/'modules.json').exists():
-        raise ValueError(f"{task}: {ck.label} is an encoder of sentence-transformers, which gives vectors and no classes: pass a classifier")
+        refuse("is an encoder of sentence-transformers, which gives vectors, not classes: pass a classifier")
     if (ck.folder/'adapter_config.json').exists():
-        raise ValueError(f"{task}: {ck.label} is an adapter: merge it into its base (merge_and_unload) and save it")
+        refuse("is an adapter: merge it into its base (merge_and_unload) and save it")
     kind = class_name(ck)
     if not kind.endswith(_kinds):
         does = next((o for k,o in _others.items() if kind.endswith(k)), '')
-        raise ValueError(f"{task}: {ck.label} is {kind or 'of no class that its config.json names'}{', which '*bool(does)}{does}: pass a …{' or …'.join(_kinds)}")
+        named = kind or 'of no class that its config.json names'
+        refuse(f"is {named}{', which '*bool(does)}{does}: pass a …{' or …'.join(_kinds)}")
 
 def class_names(
     network:Network, # Of an expert
@@ -53,14 +57,16 @@ def class_names(
     config,who = network.config,f'{network.task}: {network.ckpt.label}'
     problem = getattr(config, 'problem_type', None)
     if config.num_labels<2 or problem in ('regression', 'multi_label_classification'):
-        raise ValueError(f"{who} tells no classes apart ({config.num_labels} label(s), {problem}): pass a classifier of one class per input")
+        raise ValueError(f"{who} tells no classes apart ({config.num_labels} label(s), {problem}): pass a "
+            "classifier of one class per input")
     return [str(config.id2label.get(i, f'LABEL_{i}')) for i in range(config.num_labels)]
 
 # %% ../nbs/73_classifiers.ipynb #752e2e95
 def _blank(arch, n, device='meta'):
     "A network of torchvision for n classes, without weights"
     from torchvision import models
-    with torch.random.fork_rng([]), torch.device(device): return models.get_model(arch, weights=None, num_classes=n)
+    with torch.random.fork_rng([]), torch.device(device):
+        return models.get_model(arch, weights=None, num_classes=n)
 
 def _shapes(arch, n): return {k: tuple(v.shape) for k,v in _blank(arch, n).state_dict().items()}
 
@@ -69,13 +75,17 @@ def _n_classes(who, have, arch):
     a,b = _shapes(arch, 7),_shapes(arch, 11)
     ends = [(k, i) for k in a for i,o in enumerate(zip(a[k], b[k])) if o==(7, 11)]
     found = {have[k][i] for k,i in ends if k in have and i<len(have[k])}
-    if len(found)!=1: raise ValueError(f"{who} is no {arch} of torchvision: "
-        + (f"its last layers have {' and '.join(map(str, sorted(found)))} classes" if found else f"it lacks {ends[0][0]}"))
+    if len(found)!=1:
+        several = f"its last layers have {' and '.join(map(str, sorted(found)))} classes"
+        why = several if found else f'it lacks {ends[0][0]}'
+        raise ValueError(f"{who} is no {arch} of torchvision: {why}")
     n = found.pop()
     want = _shapes(arch, n)
-    lost = [k for k in want if k not in have and not k.endswith('num_batches_tracked')]+[k for k in have if k not in want]
+    lost = [k for k in want if k not in have and not k.endswith('num_batches_tracked')]
+    lost += [k for k in have if k not in want]
     odd = next((f"{k} is {have[k]}, not {want[k]}" for k in want if k in have and have[k]!=want[k]), None)
-    if lost or odd: raise ValueError(f"{who} is no {arch} of torchvision: " + (odd or f"{lost[0]} is {'not in it' if lost[0] in want else 'in no such network'}"))
+    if lost and not odd: odd = f"{lost[0]} is {'not in it' if lost[0] in want else 'in no such network'}"
+    if odd: raise ValueError(f"{who} is no {arch} of torchvision: {odd}")
     return n
 
 # %% ../nbs/73_classifiers.ipynb #3338fa74
@@ -85,7 +95,8 @@ class _Pixels:
         from torchvision import models
         how = {} if size is None else dict(crop_size=size, resize_size=size)
         self.make,self.argument = models.get_model_weights(arch).DEFAULT.transforms(**how),argument
-    def __call__(self, images, return_tensors=None): return {self.argument: torch.stack([*map(self.make, images)])}
+    def __call__(self, images, return_tensors=None):
+        return {self.argument: torch.stack([*map(self.make, images)])}
     def __str__(self): return ' '.join(str(self.make).split())
 
 class Torchvision(Network):
@@ -98,7 +109,8 @@ class Torchvision(Network):
     ):
         "Raises `ValueError` where the file is of another architecture"
         try: from torchvision import models
-        except ImportError as e: raise ValueError(f"--arch needs torchvision, which is not installed: pip install torchvision ({e})") from e
+        except ImportError as e:
+            raise ValueError(f"--arch needs torchvision: pip install torchvision ({e})") from e
         known = models.list_models(module=models)
         if arch not in known: raise ValueError(f"arch is {arch!r}, which is no classifier of torchvision: "
             f"{', '.join(get_close_matches(str(arch), known, 4, .3) or known[:8])}")
@@ -110,11 +122,14 @@ class Torchvision(Network):
         "The network with these weights"
         res = _blank(self.arch, self.config.num_labels, 'cpu')
         # names were seen before
-        res.load_state_dict({k: v.float() if v.is_floating_point() else v for k,v in state.items()}, strict=False)
+        state = {k: v.float() if v.is_floating_point() else v for k,v in state.items()}
+        res.load_state_dict(state, strict=False)
         return res.eval()
 
     @cached_property
-    def processor(self): return _Pixels(self.arch, self.size, list(inspect.signature(self.kind.forward).parameters)[1])
+    def processor(self):
+        argument = list(inspect.signature(self.kind.forward).parameters)[1]
+        return _Pixels(self.arch, self.size, argument)
 
 # %% ../nbs/73_classifiers.ipynb #00000006
 _what = dict(input_ids='texts', pixel_values='images')
@@ -137,8 +152,10 @@ def _same_words(networks):
     for t in rest:
         b = networks[t].tokenizer.get_vocab()
         odd = [k for k in a if k in b and a[k]!=b[k]] or sorted(a.keys() ^ b.keys())
-        if odd: raise ValueError(f"tokenizers of {first} and {t} differ ({odd[0]!r} is {a.get(odd[0], 'unknown')} to one, "
-            f"{b.get(odd[0], 'unknown')} to the other; {len(odd):,} tokens): a shared body needs one vocabulary")
+        if odd:
+            one,other = (o.get(odd[0], 'unknown') for o in (a, b))
+            raise ValueError(f"tokenizers of {first} and {t} differ ({odd[0]!r} is {one} to one, {other} to "
+                f"the other; {len(odd):,} tokens): a shared body needs one vocabulary")
 
 def open_networks(
     models:dict, # `{task: Checkpoint}`
@@ -147,7 +164,8 @@ def open_networks(
     size:int=None, # Pixels of an image's side, with `arch`
 ) -> tuple: # `{task: Network}`, sentences
     "Each task's class and what reads its inputs. Raises `ValueError`"
-    if size is not None and arch is None: raise ValueError("size is given without arch: processors in the experts' folders know the size of their images")
+    if size is not None and arch is None:
+        raise ValueError("size is given without arch: the processor in an expert's folder knows its images")
     for t,o in models.items(): arch or check_classifier(t, o)
     said,res = [],{t: Torchvision(t, o, arch, size) if arch else Network(t, o) for t,o in models.items()}
     for o in res.values(): class_names(o)
@@ -156,7 +174,8 @@ def open_networks(
         each = ' and '.join(f'{t} reads {_what[o.reads]}' for t,o in res.items())
         raise ValueError(f"{each}: pass experts of one kind")
     for o in res.values(): _with_reader(o, base, said)
-    if arch: said.append(f"images are made ready as torchvision does it for {arch} (--size says another size): {next(iter(res.values())).processor}"[:300])
+    how = next(iter(res.values())).processor if arch else ''
+    if arch: said.append(f"images are read as torchvision does for {arch} (--size: another): {how}"[:300])
     elif kinds=={'input_ids'}: _same_words(res)
     return res,said
 
@@ -169,7 +188,7 @@ def free_memory() -> int: # Bytes; None where the system does not say
     except (OSError, ValueError): pass
     return min(found)
 
-# Beside the experts: the base, a merge, its copy with a head of its own for each of two tasks, and a repair's start.
+# Beside the experts: base, a merge, its copy with a head of its own for each of two tasks, a repair's start.
 _copies = 5
 
 def needed_memory(
@@ -185,7 +204,7 @@ _longest = 128
 # Inputs in a batch
 _size = 64
 
-# Batches that take more are made anew each time: images are large, and to open them takes less time than to ask a network.
+# Batches that take more are made anew each time: to open images takes less time than to ask a network.
 _kept = 1<<29 # Bytes
 
 # %% ../nbs/73_classifiers.ipynb #00000009
@@ -213,7 +232,8 @@ class Classifiers:
     def normed(self):
         "Whether experts have BatchNorm layers that know statistics"
         kinds = torch.nn.modules.batchnorm._BatchNorm
-        return any(isinstance(m, kinds) and m.running_mean is not None for o in self.experts.values() for m in o.modules())
+        modules = [m for o in self.experts.values() for m in o.modules()]
+        return any(isinstance(m, kinds) and m.running_mean is not None for m in modules)
 
     def on_base(self, task):
         "The base's body under the expert's head"
@@ -240,17 +260,20 @@ def longest(self:Classifiers, task):
     "Tokens that a text may have"
     config,tok = self.networks[task].config,self.networks[task].tokenizer
     # RoBERTa's positions begin after the number of its padding token
-    most = (getattr(config, 'max_position_embeddings', None) or _longest+1+(tok.pad_token_id or 0))-1-(tok.pad_token_id or 0)
+    first = 1+(tok.pad_token_id or 0)
+    most = (getattr(config, 'max_position_embeddings', None) or _longest+first)-first
     return max(8, min(_longest, tok.model_max_length, most))
 
 @patch
-def _rows(self:Classifiers, task, part): return token_rows(self.networks[task], self.data[task][part], self.longest(task), closed=True)
+def _rows(self:Classifiers, task, part):
+    return token_rows(self.networks[task], self.data[task][part], self.longest(task), closed=True)
 
 @patch
 def cut(self:Classifiers, task):
     "How many texts are longer than what is read of them"
     if self.reads!='input_ids': return 0
-    return sum(len(o['input_ids'])>=self.longest(task) for part in ('tune','test') if len(self.data[task].parts[part]) for o in self._rows(task, part))
+    rows = [o for part in ('tune','test') if len(self.data[task].parts[part]) for o in self._rows(task, part)]
+    return sum(len(o['input_ids'])>=self.longest(task) for o in rows)
 
 @patch
 def _made(self:Classifiers, task, part):
@@ -263,7 +286,8 @@ def _made(self:Classifiers, task, part):
     else:
         order = range(len(items))
         def one(ix): return pixels(net, [items[i] for i in ix])
-    return [(ix, partial(one, ix)) for i in range(0, len(order), _size) for ix in [list(order[i:i+_size])]]
+    parts = [list(order[i:i+_size]) for i in range(0, len(order), _size)]
+    return [(ix, partial(one, ix)) for ix in parts]
 
 @patch
 def batches(self:Classifiers, task, part):
@@ -272,7 +296,8 @@ def batches(self:Classifiers, task, part):
     todo = self._made(task, part)
     if self.reads!='input_ids':
         ix,one = todo[0]
-        if sum(o.nbytes for o in one().values())/len(ix)*sum(len(p) for o in self.data.values() for p in o.parts.values())>_kept: return todo
+        n = sum(len(p) for o in self.data.values() for p in o.parts.values())
+        if sum(o.nbytes for o in one().values())/len(ix)*n>_kept: return todo
     self.found[task, part] = [(ix, partial(dict, one())) for ix,one in todo]
     return self.found[task, part]
 
@@ -289,7 +314,7 @@ def answers(self:Classifiers, task, module, part):
         z = _asked(module, o[1]())
         if not z.isfinite().all(): raise ValueError("it answers NaN or Inf")
         return o[0],z.argmax(1).numpy()
-    # a batch per core: threads that share one wait for each other where cores are busy, and took four times as long
+    # a batch per core: threads that share one wait for each other on busy cores, and took four times as long
     for ix,found in map_single_threaded(one, self.batches(task, part), n_cores()): res[ix] = found
     return res
 
@@ -299,18 +324,25 @@ def try_out(self:Classifiers):
     for t,o in self.networks.items():
         part,who = next(k for k,v in self.data[t].parts.items() if len(v)),f'{t}: {o.ckpt.label}'
         items = self.data[t][part][:2]
-        x = pixels(o, items) if self.reads!='input_ids' else padded(o, token_rows(o, items, self.longest(t), closed=True))
+        if self.reads!='input_ids': x = pixels(o, items)
+        else: x = padded(o, token_rows(o, items, self.longest(t), closed=True))
         try: z = _asked(self.experts[t], x)
         except (ValueError, RuntimeError, TypeError, IndexError) as e:
             raise ValueError(f"{who} cannot be asked two inputs: {' '.join(str(e).split())[:200]}") from e
-        if tuple(z.shape)!=(len(items), o.config.num_labels): raise ValueError(f"{who} answers {tuple(z.shape)} to {len(items)} inputs and has {o.config.num_labels} classes")
+        n = o.config.num_labels
+        if tuple(z.shape)!=(len(items), n):
+            raise ValueError(f"{who} answers {tuple(z.shape)} to {len(items)} inputs and has {n} classes")
         if not z.isfinite().all(): raise ValueError(f"{who} answers NaN or Inf: train it again")
 
 @patch(as_prop=True)
 def key(self:Classifiers):
     "Hash of weights, configurations, tokenizers and processors"
-    def one(o): return sorted(known_sha256([*o.files, *[p for p in (o.folder/'config.json',) if p.exists()]] if o.folder else o.files).values())
+    def one(o):
+        config = [p for p in (o.folder/'config.json',) if p.exists()] if o.folder else []
+        return sorted(known_sha256([*o.files, *config]).values())
     def reader(o):
         if o.reads!='input_ids': return str(o.processor)
-        return o.tokenizer.backend_tokenizer.to_str() if o.tokenizer.is_fast else sorted(o.tokenizer.get_vocab().items())
-    return digest([[t, one(o)] for t,o in self.models.items()], one(self.base), [reader(o) for o in self.networks.values()])
+        tok = o.tokenizer
+        return tok.backend_tokenizer.to_str() if tok.is_fast else sorted(tok.get_vocab().items())
+    readers = [reader(o) for o in self.networks.values()]
+    return digest([[t, one(o)] for t,o in self.models.items()], one(self.base), readers)

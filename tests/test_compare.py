@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from tokenizers import Tokenizer, models as tm, pre_tokenizers, processors
 from transformers import (AutoModel, AutoModelForSequenceClassification, DistilBertConfig, ElectraConfig, PreTrainedTokenizerFast, RobertaConfig)
-from spectrum_merging import classifiers, compare as module
+from spectrum_merging import candidates, classifiers, compare as module
 from spectrum_merging.parallel import quiet
 from spectrum_merging.compare import compare
 from spectrum_merging.merge import load_model
@@ -142,8 +142,8 @@ def test_goes_on(apart, home, monkeypatch):
     "A second start asks for no row again, and finds the same"
     first = pd.read_csv(home/'fails'/'table.csv')
     asked = []
-    real = module._Bench.ask
-    monkeypatch.setattr(module._Bench, 'ask', lambda self, models, part: asked.append(part) or real(self, models, part))
+    real = candidates.Bench.ask
+    monkeypatch.setattr(candidates.Bench, 'ask', lambda self, models, part: asked.append(part) or real(self, models, part))
     compare(*apart, home/'again', say=lambda o: None)
     second = pd.read_csv(home/'again'/'table.csv')
     assert not asked and first.equals(second)
@@ -232,7 +232,7 @@ def test_three(close, home):
     "N models; what is for two is not tried"
     models,base,data = close
     said = []
-    table = compare(models | dict(again=models['mood']), base, data | dict(again=data['mood']), home/'three', budget='6s', say=said.append)
+    table = compare(models | dict(again=models['mood']), base, data | dict(again=data['mood']), home/'three', budget='15s', say=said.append)
     assert {'mood','topic','again'} <= {*table} and not {'SLERP','snr_lowA'} & {*table.row}
     assert any('mood and again hold the same numbers' in o for o in said)
     assert load_model(home/'three'/'merged', 'again').num_labels==3
