@@ -14,8 +14,8 @@ from pathlib import Path
 from . import __version__, candidates
 from .candidates import Bench, TooLate, comparison, on_one_core, until
 from .checkpoint import Checkpoint
-from .classifiers import Classifiers, check_classifier, class_names, open_networks
-from .classifiers import free_memory, needed_memory
+from .classifiers import Classifiers, check_classifier, check_no_adapter, class_names
+from .classifiers import free_memory, needed_memory, open_networks
 from .files import atomic_folder, digest, read_json, write_json
 from .fitted import merge_fitted
 from .judged import chance, commonest, figure, judged, markdown, sentences
@@ -60,6 +60,16 @@ class _Clock:
     @property
     def made(self): return max(.01, self.bench.seconds(candidates.average)[0])
 
+    def check(self):
+        "Raise `ValueError` where not even the rows that are needed anyway fit"
+        b,n = self.bench,len(candidates.references)
+        if b.file(b.what(candidates.average), 'test').exists(): return
+        need = n*b.experts.pace(b.judged)
+        if need>self.left:
+            rows = sum(len(b.data[t].parts[o]) for t in b.judged for o in ('tune','test'))
+            raise ValueError(f"experts, base and average alone take about {_spoken(need)} to answer {rows} rows each: "
+                f"pass --budget {np.ceil(need/30):.0f}m or more, or tables of fewer rows")
+
     def fits(self, repairs): return sum(self.bench.fits.get(o, self.one*_repair[o]) for o in repairs)
 
     def row(self, row, before=None):
@@ -96,6 +106,7 @@ def _checked(models, base, data, out, text, label, unlabelled, arch, size, seed)
     "Experts and their data, sentences. Raises before any work"
     _check_names(models, base, data, text, label, unlabelled)
     check_out(out)
+    for t,o in models.items(): check_no_adapter(t, o)
     opened,origin = {t: Checkpoint(o) for t,o in models.items()},Checkpoint(base)
     check_out(out, [*opened.values(), origin])
     for t,o in opened.items(): arch or check_classifier(t, o)
@@ -338,6 +349,7 @@ def compare(
     experts,notes = _checked(models, base, data, out, text, label, unlabelled, arch, size, seed)
     bench = Bench(experts, seed)
     kept,clock = _Kept(out, bench),_Clock(bench, budget, clock)
+    clock.check()
     for t in bench.judged:
         if n := experts.cut(t):
             notes.append(f"{t}: {n} texts reach {experts.longest(t)} tokens and are cut there")

@@ -134,12 +134,19 @@ def content(
     if isinstance(item, (Path, bytes)): return hashlib.sha256(item if isinstance(item, bytes) else item.read_bytes()).hexdigest()
     return '\0'.join(' '.join(o.split()) for o in ([item] if isinstance(item, str) else item))
 
-def _check_images(task, path, items):
-    "Raise `ValueError` for what is no image, by its first bytes"
+def _check_images(task, path, items, rows, used):
+    "Raise `ValueError` for what is no image, by its first bytes, those that are `used` by all of them"
     from PIL import Image
     for i,o in enumerate(items):
-        try: Image.open(BytesIO(o) if isinstance(o, bytes) else o).close()
-        except Exception as e: raise ValueError(f"{task}: {f'image {i+1} of {path}' if isinstance(o, bytes) else o} is no image that can be read: remove it") from e
+        try:
+            with Image.open(BytesIO(o) if isinstance(o, bytes) else o) as x:
+                if i not in used: continue
+                x.draft('RGB', (1, 1)) # a JPEG as small as can be, which is fast
+                x.load()
+        except Exception as e:
+            name = f'image {rows[i]+1} of {path}' if isinstance(o, bytes) else o
+            why = str(e).splitlines()[0][:100] if isinstance(e, OSError) and 'trunc' in str(e) else ''
+            raise ValueError(f"{task}: {name} is no image that can be read{f' ({why})'*bool(why)}: remove it") from e
 
 # %% ../nbs/72_own_data.ipynb #7e1d4946
 def deal(
@@ -214,9 +221,9 @@ def own_data(
     items = column_items(table, columns, path, images)
     kept = [i for i,o in enumerate(items) if o is not None]
     items,labels = [items[i] for i in kept],labels[kept]
-    if images: _check_images(task, path, items)
     keys = [*map(content, items)]
     parts = deal(keys, labels, seed)
+    if images: _check_images(task, path, items, kept, {*np.concatenate([*parts.values()]).tolist()})
     if names is not None: _enough(task, path, labels, parts)
     elif len(parts['inputs'])<_fewest//4: raise ValueError(f"{task}: {path} has {len(parts['inputs'])} different inputs: {_fewest//4} are the fewest")
     said = _said(task, path, n, items, len(keys)-len(set(keys)), labels, parts, columns, others, how)

@@ -255,3 +255,21 @@ def test_parts(tmp_path):
     assert not {*found['test']} & {*found['tune'], *found['inputs']}
     assert (found.truth('test')>=0).all() and 'more are not used' in found.said
     assert own_data('x', f, ['a','b'], seed=1).parts['test'].tolist()!=found.parts['test'].tolist()
+
+def test_not_even_the_references_fit(apart, home, monkeypatch):
+    "Where asking takes longer than the budget, that is said before anything is asked"
+    monkeypatch.setattr(classifiers.Classifiers, 'pace', lambda self, tasks: 100.)
+    refused(apart, home, 'take about 5.0 min to answer 600 rows each: pass --budget 10m', budget='2m', seed=9)
+
+def test_a_row_that_takes_too_long(apart, home, monkeypatch):
+    "It is given up and named; the best of the others is written"
+    kept = [o for o in candidates.comparison(2) if o.name in ('ridge mean','TIES')]
+    monkeypatch.setattr(module, 'comparison', lambda *a: kept)
+    real = candidates.Bench.merged
+    def merged(self, row, *a):
+        if row.name=='TIES': raise candidates.TooLate
+        return real(self, row, *a)
+    monkeypatch.setattr(candidates.Bench, 'merged', merged)
+    table = compare(*apart, home/'late', budget='5m', seed=4, say=lambda o: None)
+    assert 'ridge mean' in {*table.row} and 'TIES' not in {*table.row}
+    assert '- TIES: given up after' in (home/'late'/'report.md').read_text()
