@@ -44,11 +44,17 @@ def _spoken(s): return f'{s:.2g} s' if s<10 else f'{s:.0f} s' if s<100 else f'{s
 # has through the merge, some through the experts, too.
 _repair = dict(match=5, refit=2.5, batchnorm=1, channels=2)
 
+# In merges: singular values of all updates, once.
+_scan = 12
+
 # Seconds for table, intervals, figure, report and the end of the process: 4 s on a quiet core.
 _closing = 8
 
 # The end cannot be given up once it has begun, so a busier machine must not make it late.
 _spare = 1.3
+
+# Seconds. What takes less is not worth a refusal: a first batch is slow.
+_least = 30
 
 class _Clock:
     "What rows and the end take, by what was measured last"
@@ -65,7 +71,7 @@ class _Clock:
         b,n = self.bench,len(candidates.references)
         if b.file(b.what(candidates.average), 'test').exists(): return
         need = n*b.experts.pace(b.judged)
-        if need>self.left:
+        if need>max(self.left, _least):
             rows = sum(len(b.data[t].parts[o]) for t in b.judged for o in ('tune','test'))
             raise ValueError(f"experts, base and average alone take about {_spoken(need)} to answer {rows} rows each: "
                 f"pass --budget {np.ceil(need/30):.0f}m or more, or tables of fewer rows")
@@ -77,7 +83,8 @@ class _Clock:
         asked = self.bench.asked
         if self.bench.stands(row): return .01
         if row.follows(before): return self.one+self.fits(row.repairs[-1:])
-        return len(row.scales)*(asked['tune']+self.made*row.costs)+asked['test']+self.fits(row.repairs)
+        scan = _scan*self.made if row.kind in ('SNR','control') and not self.bench.scans else 0
+        return len(row.scales)*(asked['tune']+self.made*row.costs)+asked['test']+self.fits(row.repairs)+scan
 
     def ending(self, row):
         "Seconds that the end takes if a row is the best: made again, hashed, written, opened, asked, drawn"
@@ -199,10 +206,11 @@ class _Run:
 
     def measure(self, row, end):
         "A row, with the best factor on the rows to choose by, the first of equals. Raises `TooLate`"
+        stood = self.bench.stands(row)
         with until(end):
             share,scale = max([(self.bench.share(row, s), s) for s in row.scales], key=lambda o: o[0])
             self.bench.answers(row, 'test', scale)
-        self.done[row.name],self.before = (row, share, scale),row
+        self.done[row.name],self.before = (row, share, scale),None if stood else row
         self.left.pop(row.name, None)
 
     def tried(self, row):
