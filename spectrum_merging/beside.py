@@ -49,7 +49,7 @@ def files_beside(
     return found,left
 
 # %% ../nbs/39_beside.ipynb #00000009
-_silent = re.compile(r'(_.*|transformers_version|(torch_)?dtype|architectures|id2label|label2id|num_labels|problem_type|'
+_silent = re.compile(r'(_.*|transformers_version|(.*\.)?(torch_)?dtype|architectures|id2label|label2id|num_labels|problem_type|'
     r'finetuning_task|tie_word_embeddings|tie_.*|auto_map|quantization_config|vocab_size|model_type|task_specific_params|torchscript|'
     r'name_or_path|adapters|id2.*|.*2id|num_classes|label_names|label_descriptions|pretrained_cfg)(\.|$)')
 _harmless = re.compile(r'(^|.*\.)(.*drop.*|use_cache|.*(initializer|init_).*|init_std|gradient_checkpointing|output_.*|return_dict.*|'

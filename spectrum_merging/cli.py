@@ -8,7 +8,7 @@ Docs: nbs/95_cli.ipynb"""
 __all__ = ['scan_cli', 'merge_cli', 'extract_cli', 'verify_cli', 'compare_cli', 'bench_cli', 'run_cli', 'explore_cli']
 
 # %% ../nbs/95_cli.ipynb #00000003
-import os, re, sys
+import os, re, sys, time
 from fastcore.script import CliError, call_parse
 from functools import wraps
 from typing import Annotated
@@ -267,10 +267,11 @@ def compare_cli(
     unlabelled:Annotated[str, "Tasks whose data have no labels: for repairs alone, not judged", dict(nargs='+')]=None,
     arch:str=None, # Architecture of torchvision where models are state dicts: resnet18, convnext_tiny, …
     size:int=None, # Pixels of an image's side, with --arch; by default what torchvision says
-    budget:str='10m', # Time to spend: 10m, 90s, 1h; what does not fit is left out and named
+    budget:str='10m', # Time until all is written: 10m, 90s, 1h; what does not fit is left out and named
     seed:int=0, # Of the parts that each table is dealt into
 ):
     "Merge your models in many ways, repair, judge on your data, write what was found and the best merge; rerun to continue"
+    began = time.perf_counter()
     models,data = _named(models),_named(data)
     for what,o in dict(models=models, data=data).items():
         if not isinstance(o, dict): raise CliError(f"{what} {', '.join(o)}: name each task, for instance mood={o[0]}")
@@ -280,7 +281,8 @@ def compare_cli(
     from spectrum_merging.compare import compare, seconds
     seconds(budget)
     def say(o): print(_shown(o), flush=True)
-    try: compare(models, base, data, out, **columns, unlabelled=tuple(unlabelled or ()), arch=arch, size=size, budget=budget, seed=seed, say=say, progress=sys.stderr.isatty())
+    how = dict(unlabelled=tuple(unlabelled or ()), arch=arch, size=size, budget=budget, began=began, seed=seed)
+    try: compare(models, base, data, out, **columns, **how, say=say, progress=sys.stderr.isatty())
     except KeyboardInterrupt: _stop("interrupted; the same command continues where it stopped")
     print(f"report, table, figure and the best merge are in {out}; load_model('{out}/merged', task) opens it")
 

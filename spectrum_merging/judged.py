@@ -11,6 +11,7 @@ __all__ = ['level', 'plain', 'ideal', 'chance', 'judged', 'commonest', 'sentence
 import numpy as np, pandas as pd
 from .evaluate import bootstrap, holm, majority, mcnemar, wilson
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 # %% ../nbs/74_judged.ipynb #00000004
 # Differences are called significant below it, after Holm's correction over all rows.
@@ -134,26 +135,38 @@ def markdown(
     lines = [list(df.columns), ['---']*len(df.columns), *[[cell(v) for v in r] for r in df.itertuples(index=False)]]
     return '\n'.join(f"| {' | '.join(o)} |" for o in lines)
 
+_colours = dict(reference='0.35', merge='tab:blue', SNR='tab:orange', repair='tab:green', control='tab:red')
+
+def _differences(ax, table):
+    "Each row's difference from the average with its interval; filled where it is significant"
+    for y,(_,r) in enumerate(table.iterrows()):
+        if r['row']==plain: continue
+        c = _colours[r.kind]
+        ax.plot([100*r.lo, 100*r.hi], [y, y], color=c, lw=1.6)
+        ax.plot(100*r.difference, y, 'o', ms=6, color=c, mfc=c if r.p_holm<level else 'white')
+    ax.axvline(0, color='k', lw=.8)
+    ax.set(yticks=range(len(table)), yticklabels=table.row, xlabel='points of accuracy above the plain average, 95 % interval')
+    for o,k in zip(ax.get_yticklabels(), table.kind): o.set_color(_colours[k])
+
 def figure(
     table:pd.DataFrame, # From `judged`
     each:pd.DataFrame, # From `judged`
 ) -> Figure:
-    "A line per row: its difference from the average with the 95 % interval; its share of the experts, a dot per task"
-    # the smallest below, so that the eye begins with the best
-    t = table.sort_values('difference', kind='stable').reset_index(drop=True)
-    fig = Figure(figsize=(9, 1.6+.26*len(t)), dpi=44, layout='constrained')
-    left,right = fig.subplots(1, 2, sharey=True)
-    for i,r in t.iterrows():
-        sure = r.row!=plain and r.p_holm<level
-        left.plot([100*r.lo, 100*r.hi], [i, i], color='C0' if sure else '.6')
-        left.plot(100*r.difference, i, 'o', color='C0' if sure else '.6', ms=5)
-    left.axvline(0, ls='--', color='.5')
-    right.barh(range(len(t)), t.mean_share, color='C0', alpha=.45)
-    at = {r: i for i,r in enumerate(t.row)}
-    right.plot(each.share, each.row.map(at), 'k.', ms=4)
+    "Differences from the plain average with their intervals, and the share of the experts on each task"
+    table = table.sort_values('difference', kind='stable', ignore_index=True)
+    place = {k: i for i,k in enumerate(table.row)}
+    fig = Figure(figsize=(10, 1.6+.26*len(table)), layout='constrained')
+    left,right = fig.subplots(1, 2, sharey=True, width_ratios=[3, 2])
+    _differences(left, table)
+    for i,(t,o) in enumerate(each.groupby('task', sort=False)):
+        right.plot(o.share, [place[k] for k in o.row], 'osD^vP*X'[i % 8], ms=5, color='0.2', mfc='white' if i%2 else '0.2', label=t)
     right.axvline(1, ls=':', color='k')
-    left.set_yticks(range(len(t)), t.row, fontsize=8)
-    left.set(title='points of accuracy from the average', xlabel='blue: significant (McNemar, Holm)')
-    right.set(title="share of the experts' accuracy", xlabel='bar: mean of tasks; dot: a task', xlim=(0, max(1.05, 1.03*each.share.max())))
-    fig.suptitle(f"{int(table.attrs['n']):,} rows; bars on the left: 95 % intervals", fontsize=9)
+    right.set(xlabel="share of the expert's accuracy")
+    for ax in (left, right):
+        ax.grid(alpha=.3)
+        ax.spines[['top','right']].set_visible(False)
+    kinds = [o for o in _colours if (table.kind==o).any()]
+    marks = [Line2D([], [], color=_colours[o], marker='o', lw=1.6, label=o) for o in kinds]+[Line2D([], [], color='k', marker='o', mfc='white', lw=0, label='not significant')]
+    marks += right.get_legend_handles_labels()[0]
+    fig.legend(handles=marks, loc='outside lower center', ncols=len(marks), frameon=False, fontsize=8)
     return fig

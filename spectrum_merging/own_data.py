@@ -10,6 +10,7 @@ __all__ = ['class_numbers', 'unnamed', 'label_column', 'OwnData', 'content', 'de
 # %% ../nbs/72_own_data.ipynb #00000003
 import hashlib, numpy as np, re
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from .files import digest, user_path
 from .unlabelled import Inputs, column_items, input_columns, plain, read_table, source_sha256
@@ -133,6 +134,20 @@ def content(
     if isinstance(item, (Path, bytes)): return hashlib.sha256(item if isinstance(item, bytes) else item.read_bytes()).hexdigest()
     return '\0'.join(' '.join(o.split()) for o in ([item] if isinstance(item, str) else item))
 
+def _check_images(task, path, items, rows, used):
+    "Raise `ValueError` for what is no image, by its first bytes, those that are `used` by all of them"
+    from PIL import Image
+    for i,o in enumerate(items):
+        try:
+            with Image.open(BytesIO(o) if isinstance(o, bytes) else o) as x:
+                if i not in used: continue
+                x.draft('RGB', (1, 1)) # a JPEG as small as can be, which is fast
+                x.load()
+        except Exception as e:
+            name = f'image {rows[i]+1} of {path}' if isinstance(o, bytes) else o
+            why = str(e).splitlines()[0][:100] if isinstance(e, OSError) and 'trunc' in str(e) else ''
+            raise ValueError(f"{task}: {name} is no image that can be read{f' ({why})'*bool(why)}: remove it") from e
+
 # %% ../nbs/72_own_data.ipynb #7e1d4946
 def deal(
     keys:list, # The same for inputs that are the same
@@ -208,6 +223,7 @@ def own_data(
     items,labels = [items[i] for i in kept],labels[kept]
     keys = [*map(content, items)]
     parts = deal(keys, labels, seed)
+    if images: _check_images(task, path, items, kept, {*np.concatenate([*parts.values()]).tolist()})
     if names is not None: _enough(task, path, labels, parts)
     elif len(parts['inputs'])<_fewest//4: raise ValueError(f"{task}: {path} has {len(parts['inputs'])} different inputs: {_fewest//4} are the fewest")
     said = _said(task, path, n, items, len(keys)-len(set(keys)), labels, parts, columns, others, how)

@@ -82,6 +82,14 @@ def test_defaults_spelled_out_or_not(tmp_path):
     (tmp_path/'b'/'config.json').write_text(json.dumps(old | dict(rope_theta=5e5)))
     assert [o[0] for o in config_conflicts({k: Checkpoint(tmp_path/k) for k in 'ab'})[0]]==['rope_parameters.rope_theta']
 
+def test_number_types_of_parts(tmp_path):
+    "A part's number type says how it was saved, as that of the whole does"
+    for k,dtype in dict(a='float32', b=None).items():
+        llama(tmp_path/k, 0)
+        part = dict(model_type='clip_text_model', dtype=dtype)
+        (tmp_path/k/'config.json').write_text(json.dumps(dict(model_type='clip', text_config=part)))
+    assert config_conflicts({k: Checkpoint(tmp_path/k) for k in 'ab'})==([], [])
+
 def test_tokenizers_in_another_order(tmp_path):
     "The same words with other numbers: refused; the same file: not even read"
     for i,k in enumerate('ab'): bert(tmp_path/k, i)

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from tokenizers import Tokenizer, models as tm, pre_tokenizers, processors
 from transformers import (AutoModel, AutoModelForSequenceClassification, DistilBertConfig, ElectraConfig, PreTrainedTokenizerFast, RobertaConfig)
-from spectrum_merging import classifiers, compare as module
+from spectrum_merging import candidates, classifiers, compare as module
 from spectrum_merging.parallel import quiet
 from spectrum_merging.compare import compare
 from spectrum_merging.merge import load_model
@@ -142,8 +142,8 @@ def test_goes_on(apart, home, monkeypatch):
     "A second start asks for no row again, and finds the same"
     first = pd.read_csv(home/'fails'/'table.csv')
     asked = []
-    real = module._Bench.ask
-    monkeypatch.setattr(module._Bench, 'ask', lambda self, models, part: asked.append(part) or real(self, models, part))
+    real = candidates.Bench.ask
+    monkeypatch.setattr(candidates.Bench, 'ask', lambda self, models, part: asked.append(part) or real(self, models, part))
     compare(*apart, home/'again', say=lambda o: None)
     second = pd.read_csv(home/'again'/'table.csv')
     assert not asked and first.equals(second)
@@ -232,7 +232,7 @@ def test_three(close, home):
     "N models; what is for two is not tried"
     models,base,data = close
     said = []
-    table = compare(models | dict(again=models['mood']), base, data | dict(again=data['mood']), home/'three', budget='6s', say=said.append)
+    table = compare(models | dict(again=models['mood']), base, data | dict(again=data['mood']), home/'three', budget='15s', say=said.append)
     assert {'mood','topic','again'} <= {*table} and not {'SLERP','snr_lowA'} & {*table.row}
     assert any('mood and again hold the same numbers' in o for o in said)
     assert load_model(home/'three'/'merged', 'again').num_labels==3
@@ -255,3 +255,21 @@ def test_parts(tmp_path):
     assert not {*found['test']} & {*found['tune'], *found['inputs']}
     assert (found.truth('test')>=0).all() and 'more are not used' in found.said
     assert own_data('x', f, ['a','b'], seed=1).parts['test'].tolist()!=found.parts['test'].tolist()
+
+def test_not_even_the_references_fit(apart, home, monkeypatch):
+    "Where asking takes longer than the budget, that is said before anything is asked"
+    monkeypatch.setattr(classifiers.Classifiers, 'pace', lambda self, tasks: 100.)
+    refused(apart, home, 'take about 5.0 min to answer 600 rows each: pass --budget 10m', budget='2m', seed=9)
+
+def test_a_row_that_takes_too_long(apart, home, monkeypatch):
+    "It is given up and named; the best of the others is written"
+    kept = [o for o in candidates.comparison(2) if o.name in ('ridge mean','TIES')]
+    monkeypatch.setattr(module, 'comparison', lambda *a: kept)
+    real = candidates.Bench.merged
+    def merged(self, row, *a):
+        if row.name=='TIES': raise candidates.TooLate
+        return real(self, row, *a)
+    monkeypatch.setattr(candidates.Bench, 'merged', merged)
+    table = compare(*apart, home/'late', budget='5m', seed=4, say=lambda o: None)
+    assert 'ridge mean' in {*table.row} and 'TIES' not in {*table.row}
+    assert '- TIES: given up after' in (home/'late'/'report.md').read_text()

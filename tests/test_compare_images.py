@@ -1,14 +1,19 @@
 "Comparisons of classifiers of images: folders of transformers, state dicts of torchvision; a task without labels; killed and gone on with."
-import json, os, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys, time
+from io import BytesIO
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from safetensors.torch import save_file
 from torchvision import models as zoo
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel
+from spectrum_merging import compare as module
 from spectrum_merging.compare import compare
+from spectrum_merging.fitted import Network, pixels
 from spectrum_merging.merge import load_model, load_task
+from spectrum_merging.own_data import own_data
 from spectrum_merging.parallel import quiet
+from spectrum_merging.preflight import name_models
 from spectrum_merging.verify import verify
 
 colours = dict(red=(220, 30, 30), green=(30, 220, 30), blue=(30, 30, 220))
@@ -112,6 +117,8 @@ def test_refused(vits, data, home, tmp_path):
     refused('no columns? of images', data | dict(colour=tmp_path/'a.csv'))
     (tmp_path/'a.doc').write_text('x')
     refused('no table that is known', data | dict(colour=tmp_path/'a.doc'))
+    (data['shade'].parent/'files'/'torn.png').write_bytes(b'no image')
+    refused('torn.png is no image', listed('files/torn.png'))
     refused('size is given without arch', size=32)
     refused('is no classifier of torchvision', arch='resnet_18')
 
@@ -150,28 +157,84 @@ def test_state_dicts(dicts, data, home):
     with pytest.raises(ValueError, match='is no resnet18 of torchvision'):
         compare(models, base, numbered(data, home), home/'odd', arch='resnet18', say=lambda o: None)
 
-def test_killed_and_gone_on_with(vits, data, home):
-    "Whenever it is killed, the same command ends with the same table and weights; other settings are refused meanwhile"
-    models,base = vits
-    (home/'script.py').write_text('import sys\nfrom spectrum_merging.cli import compare_cli\nsys.exit(compare_cli())\n')
-    # The budget decides what is compared: generous here, so that the same rows fit each time.
-    def command(out, *more): return [sys.executable, str(home/'script.py'), *(f'{t}={o}' for t,o in models.items()), '--base', str(base),
-        '--data', *(f'{t}={o}' for t,o in data.items()), '--out', str(out), '--budget', '30m', *more]
+few = 'ridge mean', 'average, heads refitted', 'TIES'
+# Imports once and forks: each line that it reads is a comparison in a process of its own.
+server = """
+import json, os, sys, matplotlib.pyplot
+from transformers import AutoImageProcessor, ViTForImageClassification
+from spectrum_merging import compare as module
+whole = module.comparison
+module.comparison = lambda *a: [o for o in whole(*a) if o.name in FEW]
+for line in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        try: module.compare(*json.loads(line), budget='30m', say=lambda o: None)
+        except BaseException as e: print(e, file=sys.stderr, flush=True)
+        else: os._exit(0)
+        os._exit(1)
+    print(pid, flush=True)
+    print(os.waitpid(pid, 0)[1], flush=True)
+""".replace('FEW', repr(few))
+
+def test_killed_and_gone_on_with(vits, data, home, monkeypatch):
+    "Whenever it is killed, the same command ends with the same table and weights; others are refused meanwhile"
+    out,models = home/'killed',{t: str(o) for t,o in vits[0].items()}
+    given = [models, str(vits[1]), {t: str(o) for t,o in data.items()}, str(out)]
     env = os.environ | dict(SPECTRUM_CACHE=str(home/'cache2'))
-    for wait in (6, 20):
-        p = subprocess.Popen(command(home/'killed'), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        # so many answers more than before, then a blow
-        stored,end = len([*(home/'cache2').rglob('*.npz')]),time.time()+120
-        while p.poll() is None and len([*(home/'cache2').rglob('*.npz')])<stored+wait and time.time()<end: time.sleep(.02)
-        p.send_signal(signal.SIGKILL)
-        p.communicate()
-    assert not (home/'killed').exists()
-    if (home/'.killed.comparison.json').exists():
-        other = subprocess.run(command(home/'killed', '--seed', '7'), env=env, capture_output=True, text=True)
-        assert other.returncode==1 and 'unfinished comparison of other' in other.stderr
-    done = subprocess.run(command(home/'killed'), env=env, capture_output=True, text=True)
-    assert not done.returncode, done.stderr
-    whole = subprocess.run(command(home/'whole'), env=os.environ | dict(SPECTRUM_CACHE=str(home/'cache3')), capture_output=True, text=True)
-    assert not whole.returncode, whole.stderr
-    for o in 'table.csv','per_task.csv','merged/model.safetensors': assert (home/'killed'/o).read_bytes()==(home/'whole'/o).read_bytes(), o
+    p = subprocess.Popen([sys.executable, '-c', server], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def stored(): return len([*(home/'cache2').rglob('*.npz')])
+    def status(when=None):
+        "Of one run, which is killed as soon as `when()` holds"
+        p.stdin.write(json.dumps(given)+'\n')
+        p.stdin.flush()
+        pid,end = int(p.stdout.readline()),time.time()+120
+        while when and not when() and time.time()<end: time.sleep(.002)
+        if when: os.kill(pid, signal.SIGKILL)
+        return int(p.stdout.readline())
+    with p:
+        assert status(lambda: stored()>2)==signal.SIGKILL # before anything is decided
+        assert status(lambda: stored()>8)==signal.SIGKILL # amid rows
+        assert status(lambda: [*home.glob('.killed.*.tmp')])==signal.SIGKILL # while the best is written
+        assert not out.exists() and (home/'.killed.comparison.json').exists()
+        with pytest.raises(FileExistsError, match='unfinished comparison of other'):
+            compare(*vits, data, out, seed=7, say=lambda o: None)
+        assert status()==0
+    monkeypatch.setenv('SPECTRUM_CACHE', str(home/'cache3'))
+    whole = module.comparison
+    monkeypatch.setattr(module, 'comparison', lambda *a: [o for o in whole(*a) if o.name in few])
+    compare(*vits, data, home/'whole', budget='30m', say=lambda o: None)
+    for o in 'table.csv','per_task.csv','merged/model.safetensors':
+        assert (out/o).read_bytes()==(home/'whole'/o).read_bytes(), o
     assert not [*home.glob('.killed*')]
+
+def bytes_of(image, kind='png'):
+    f = BytesIO()
+    image.save(f, kind)
+    return f.getvalue()
+
+def test_images_in_parquet(vits, tmp_path):
+    "As `datasets` writes them: bytes, or a name beside the table; torn ones are refused by their number"
+    network = Network('shade', name_models(dict(shade=vits[0]['shade']), vits[1])[0]['shade'])
+    rows = pictures(40, 6)
+    def table(images, name='a.parquet'):
+        pd.DataFrame(dict(shot=images, tone=[o[2] for o in rows])).to_parquet(tmp_path/name)
+        return own_data('shade', tmp_path/name, [*shades], images=True)
+    found = table([dict(bytes=bytes_of(o[0]), path=None) for o in rows])
+    assert "images are column 'shot'" in found.said and "'tone' (names" in found.said and len(found['test'])==20
+    x = pixels(network, found.items)['pixel_values']
+    for i,o in enumerate(rows): o[0].save(tmp_path/f'{i}.png')
+    beside = table([dict(bytes=None, path=f'{i}.png') for i in range(40)], 'b.parquet')
+    assert pixels(network, beside.items)['pixel_values'].equal(x) and beside.truth('test').tolist()==found.truth('test').tolist()
+    for kind in 'png','jpeg':
+        torn = [dict(bytes=bytes_of(o[0], kind), path=None) for o in rows]
+        torn[7]['bytes'] = torn[7]['bytes'][:-len(torn[7]['bytes'])//3]
+        with pytest.raises(ValueError, match='image 8 of .*parquet is no image'): table(torn)
+
+def test_torn_images(vits, data, home, tmp_path):
+    "A file whose first bytes are those of an image, too: refused before any work"
+    shutil.copytree(data['colour'], tmp_path/'colours')
+    whole = sorted((tmp_path/'colours').rglob('*.png'))[3]
+    whole.write_bytes(whole.read_bytes()[:-300])
+    with pytest.raises(ValueError, match=f'{whole.name} is no image that can be read'):
+        compare(*vits, data | dict(colour=tmp_path/'colours'), home/'torn', say=lambda o: pytest.fail(o))
+    assert not [*home.glob('*torn*')]
