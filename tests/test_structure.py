@@ -29,7 +29,7 @@ floors = [
     ['classifiers','judged'],
     ['compare'],
     ['lab.tasks'],
-    ['lab.training','lab.packaged'],
+    ['lab.training','lab.packaged','lab.decoders'],
     ['lab.convolutions','lab.texts'],
     ['lab.images'],
     ['lab.merges'],
