@@ -256,12 +256,15 @@ def _columns(given):
 @call_parse
 @_says_errors
 def compare_cli(
-    models:Annotated[str, "Classifiers that were fine-tuned from one base, each NAME=FOLDER", dict(nargs='+')],
+    models:Annotated[str, "Classifiers that were fine-tuned from one base, each NAME=FOLDER, or NAME=FILE with --arch", dict(nargs='+')],
     base:Annotated[str, "The model that they were fine-tuned from", dict(opt=True, required=True)],
-    data:Annotated[str, "Tables of texts and labels, each NAME=FILE: .csv, .tsv, .jsonl, .json, .parquet", dict(opt=True, required=True, nargs='+')],
+    data:Annotated[str, "Labelled texts or images, each NAME=FILE (.csv, .tsv, .jsonl, .json, .parquet) or NAME=FOLDER of images", dict(opt=True, required=True, nargs='+')],
     out:Annotated[str, "New folder for table, figure, report and the best merge", dict(opt=True, required=True)],
-    text:Annotated[str, "Column of texts, one for all or NAME=COLUMN each; guessed by default", dict(nargs='+')]=None,
+    text:Annotated[str, "Column of texts or images, one for all or NAME=COLUMN each; guessed by default", dict(nargs='+')]=None,
     label:Annotated[str, "Column of labels, likewise", dict(nargs='+')]=None,
+    unlabelled:Annotated[str, "Tasks whose data have no labels: for repairs alone, not judged", dict(nargs='+')]=None,
+    arch:str=None, # Architecture of torchvision where models are state dicts: resnet18, convnext_tiny, …
+    size:int=None, # Pixels of an image's side, with --arch; by default what torchvision says
     budget:str='10m', # Time to spend: 10m, 90s, 1h; what does not fit is left out and named
     seed:int=0, # Of the parts that each table is dealt into
 ):
@@ -275,7 +278,7 @@ def compare_cli(
     from spectrum_merging.compare import compare, seconds
     seconds(budget)
     def say(o): print(_shown(o), flush=True)
-    try: compare(models, base, data, out, **columns, budget=budget, seed=seed, say=say, progress=sys.stderr.isatty())
+    try: compare(models, base, data, out, **columns, unlabelled=tuple(unlabelled or ()), arch=arch, size=size, budget=budget, seed=seed, say=say, progress=sys.stderr.isatty())
     except KeyboardInterrupt: _stop("interrupted; the same command continues where it stopped")
     print(f"report, table, figure and the best merge are in {out}; load_model('{out}/merged', task) opens it")
 

@@ -1,4 +1,4 @@
-"""From folders of experts and tables of texts to one merged, repaired and honestly judged model
+"""From folders of experts and tables of texts, or folders of images, to one merged, repaired and honestly judged model
 
 Docs: nbs/75_compare.ipynb"""
 
@@ -8,23 +8,23 @@ Docs: nbs/75_compare.ipynb"""
 __all__ = ['Row', 'comparison', 'seconds', 'compare']
 
 # %% ../nbs/75_compare.ipynb #00000003
-import numpy as np, pandas as pd, re, sys, time, torch
+import numpy as np, os, pandas as pd, re, shutil, sys, time, torch
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from fastcore.basics import patch
 from pathlib import Path
 from . import __version__
+from .chain import repair_recipe
 from .checkpoint import Checkpoint
-from . import chain # whose repairs add themselves to the rules
-from .classifiers import Classifiers, class_names, free_memory, needed_memory, open_tokenizers
+from .classifiers import Classifiers, check_classifier, class_names, free_memory, needed_memory, open_networks
 from .evaluate import control_scans, controls
 from .files import atomic, atomic_folder, cache_dir, digest, read_json, write_json
-from .folder import sealed
+from .fitted import merge_fitted, repaired
 from .judged import chance, commonest, figure, ideal, judged, markdown, plain, sentences
-from .merge import check_out, load_model, merge, task_state
+from .merge import check_out, load_model, load_task, merge, task_state
 from .own_data import own_data
 from .parallel import Bar, quiet
-from .plan import Plan, make_plan
+from .plan import make_plan
 from .preflight import name_models, preflight, slips
 from .rules import recipe, rules
 from .scan import scan
@@ -37,56 +37,62 @@ class Row:
     kind:str # 'reference', 'merge', 'SNR', 'repair' or 'control'
     strategy:str='' # 'tsv_m'; '' for references
     scales:tuple=(None,) # Factors of updates to choose among
-    repairs:tuple=() # 'match', 'refit'
+    repairs:tuple=() # 'match', 'refit', 'batchnorm', 'channels'
     control:str='' # One of `controls`
     costs:float=1. # Merges that it takes the time of, where a plain average takes one
 
     @property
     def needs(self):
-        return 'unlabelled texts' if self.repairs else 'labels to choose a factor by' if len(self.scales)>1 else (
+        return 'unlabelled inputs' if self.repairs else 'labels to choose a factor by' if len(self.scales)>1 else (
             '' if self.kind=='reference' else 'weights')
 
 _factors = .3, .5, .7, .9, 1.1
 
 def comparison(
     n:int, # How many experts
+    normed:bool=False, # Whether they have BatchNorm layers
 ) -> list: # Of `Row`, the ones to know first in front
     "What is compared"
     snr = [k for k,r in rules.items() if r.kind=='layer' and r.asks('hi') and (n==2 or not r.two_only)]
-    repaired = [Row('average, heads refitted', 'repair', 'standard', repairs=('refit',)),
-        Row('ridge mean, heads refitted', 'repair', 'ridge_mean', repairs=('refit',), costs=4),
+    ridge = dict(kind='repair', strategy='ridge_mean', costs=4)
+    norms = [Row('average, BatchNorm measured again', 'repair', 'standard', repairs=('batchnorm',)),
+        Row('ridge mean, BatchNorm measured again', **ridge, repairs=('batchnorm',)),
+        Row('average, channels repaired', 'repair', 'standard', repairs=('channels',))]
+    fitted = [Row('average, heads refitted', 'repair', 'standard', repairs=('refit',)),
+        Row('ridge mean, heads refitted', **ridge, repairs=('refit',)),
         Row('average, layers matched', 'repair', 'standard', repairs=('match',)),
-        Row('ridge mean, layers matched', 'repair', 'ridge_mean', repairs=('match',), costs=4),
-        Row('ridge mean, matched, heads refitted', 'repair', 'ridge_mean', repairs=('match','refit'), costs=4)]
+        Row('ridge mean, layers matched', **ridge, repairs=('match',)),
+        Row('ridge mean, matched, heads refitted', **ridge, repairs=('match','refit'))]
     others = [Row(f'control: {k}', 'control', control=k) for k in controls]
-    return [Row('ridge mean', 'merge', 'ridge_mean', costs=4), *repaired, Row('task arithmetic', 'merge', 'task_arithmetic', _factors), *[Row(k, 'SNR', k) for k in snr], *others[:2],
+    return [Row('ridge mean', 'merge', 'ridge_mean', costs=4), *norms*normed, *fitted, Row('task arithmetic', 'merge', 'task_arithmetic', _factors),
+        *[Row(k, 'SNR', k) for k in snr], *others[:2],
         Row('TIES', 'merge', 'ties', costs=4), Row('TSV-M', 'merge', 'tsv_m', costs=12), Row('Iso-C', 'merge', 'iso_c', costs=8),
         *[Row('SLERP', 'merge', 'slerp', costs=3)]*(n==2), *others[2:]]
 
 # %% ../nbs/75_compare.ipynb #00000007
 class _Bench:
     "Experts and their data, and what is known of merges of them"
-    def __init__(self, experts, data, seed):
-        self.experts,self.data,self.seed,self.tasks = experts,data,seed,list(data)
-        self.key = digest(__version__, experts.key, seed, {t: o.texts for t,o in data.items()},
-            {t: {k: v.tolist() for k,v in o.parts.items()} for t,o in data.items()})
-        self.scans,self.inputs,self.states,self.took = None,None,OrderedDict(),{}
+    def __init__(self, experts, seed):
+        self.experts,self.data,self.seed,self.tasks = experts,experts.data,seed,list(experts.data)
+        self.judged = [t for t,o in self.data.items() if o.judged]
+        self.key = digest(__version__, experts.key, experts.tokens, seed, {t: o.key for t,o in self.data.items()})
+        self.scans,self.states,self.took = None,OrderedDict(),{}
 
     def measured(self):
         "`{task: scan(...)}`, made once"
         if not self.scans: self.scans = {t: scan(m, self.experts.base, heads=self.experts.heads, progress=False)
-            for t,m in self.experts.modules.items()}
+            for t,m in self.experts.models.items()}
         return self.scans
 
-    def plan(self, row, scale, models=None, base=None):
+    def plan(self, row, scale):
         how = {} if scale is None else dict(scale=scale)
         if recipe(row.strategy).rule.asks('hi'):
             scans = self.measured()
             how['scans'] = control_scans(scans, row.control, self.seed) if row.control else scans
-        return make_plan(row.strategy, models or self.experts.modules, base or self.experts.base, **how)
+        return make_plan(row.strategy, self.experts.models, self.experts.base, **how)
 
     def merged(self, row, scale, repairs):
-        "`{task: Padded}`; the last few are remembered"
+        "`{task: module}`; the last few are remembered"
         key = row.strategy,row.control,scale,repairs
         if key not in self.states: self.states[key] = self._merged(row, scale, repairs)
         self.states.move_to_end(key)
@@ -94,23 +100,17 @@ class _Bench:
         while len(self.states)>2: self.states.popitem(last=False)
         return self.states[key]
 
+    def _merged(self, row, scale, repairs):
+        e = self.experts
+        if repairs:
+            before = self.merged(row, scale, repairs[:-1])
+            return repaired([recipe(repairs[-1], 'repair')], before, e.experts, e.inputs, e.modules)[0]
+        found = merge(self.plan(row, scale), e.models, e.base)
+        return {t: e.networks[t].open(task_state(found, t)) for t in self.tasks}
+
 # %% ../nbs/75_compare.ipynb #00000008
 @patch
-def _merged(self:_Bench, row, scale, repairs):
-    if repairs: return self._repaired(self.merged(row, scale, repairs[:-1]), repairs[-1])
-    found = merge(self.plan(row, scale), self.experts.modules, self.experts.base)
-    return {t: self.experts.wrapped(t, task_state(found, t)) for t in self.tasks}
-
-@patch
-def _repaired(self:_Bench, models, repair):
-    if not self.inputs: self.inputs = {t: self.experts.inputs(t, o['inputs']) for t,o in self.data.items()}
-    what,heads = recipe(repair, 'repair'),[f'module.{o}' for o in self.experts.heads]
-    given = dict(models=models, experts={t: self.experts.wrapped(t) for t in self.tasks}, heads=heads,
-        batches={t: o[0] for t,o in self.inputs.items()}, masks={t: o[1] for t,o in self.inputs.items()}, mixed=None)
-    with torch.no_grad(): return what(**{k: given[k] for k in what.rule.inputs})
-
-@patch
-def ask(self:_Bench, models, part): return {t: self.experts.answers(t, models[t], self.data[t][part]) for t in self.tasks}
+def ask(self:_Bench, models, part): return {t: self.experts.answers(t, models[t], part) for t in self.judged}
 
 @patch
 def file(self:_Bench, what, part): return cache_dir()/'comparisons'/f'{digest(self.key, what, part)}.npz'
@@ -129,7 +129,7 @@ def stored(self:_Bench, what, part, make):
         with atomic(path) as tmp, open(tmp, 'wb') as f: np.savez(f, took=took, **found)
     with np.load(path, allow_pickle=False) as f:
         self.took[str(what), part] = f['took']
-        return {t: f[f'{i}'] for i,t in enumerate(self.tasks)}
+        return {t: f[f'{i}'] for i,t in enumerate(self.judged)}
 
 # %% ../nbs/75_compare.ipynb #00000009
 @patch
@@ -141,7 +141,7 @@ def what(self:_Bench, row, scale=None):
 @patch
 def answers(self:_Bench, row, part, scale=None):
     "`{task: classes}` of a row"
-    def reference(): return {t: self.experts.wrapped(t, self.experts.base_state(t) if row.name=='base' else None) for t in self.tasks}
+    def reference(): return self.experts.experts if row.name==ideal else {t: self.experts.on_base(t) for t in self.tasks}
     return self.stored(self.what(row, scale), part, reference if row.kind=='reference' else lambda: self.merged(row, scale, row.repairs))
 
 @patch
@@ -156,11 +156,25 @@ def stands(self:_Bench, row):
     return bool(row.strategy) and all(self.file(self.what(row, s), 'tune').exists() for s in row.scales)
 
 @patch
+def accuracy(self:_Bench, row, scale=None):
+    "`{task: accuracy}` on the rows to choose by"
+    return {t: float((o==self.data[t].truth('tune')).mean()) for t,o in self.answers(row, 'tune', scale).items()}
+
+@patch
 def share(self:_Bench, row, scale=None):
     "Mean over tasks of the experts' accuracy on the rows to choose by"
-    def right(o): return {t: float((o[t]==self.data[t].truth('tune')).mean()) for t in self.tasks}
-    mine,own = right(self.answers(row, 'tune', scale)),right(self.answers(_experts, 'tune'))
-    return float(np.mean([mine[t]/own[t] if own[t] else np.nan for t in self.tasks]))
+    mine,own = self.accuracy(row, scale),self.accuracy(_experts)
+    return float(np.mean([mine[t]/own[t] if own[t] else np.nan for t in self.judged]))
+
+@patch
+def doubts(self:_Bench):
+    "Sentences on experts that know less than nothing"
+    res = []
+    for t,own in self.accuracy(_experts).items():
+        most = float(np.bincount(self.data[t].truth('tune')).max()/len(self.data[t].truth('tune')))
+        if own<=most: res.append(f"{t}: the expert is right on {own:.3f} of the rows to choose by, its commonest class is {most:.3f} of them: "
+            "its labels may be others than the table's, or the column may be wrong (--label, --text)")
+    return res
 
 # %% ../nbs/75_compare.ipynb #0000000a
 _experts,_base,_average = Row(ideal, 'reference'),Row('base', 'reference'),Row(plain, 'merge', 'standard')
@@ -177,8 +191,9 @@ def seconds(
 
 def _spoken(s): return f'{s:.2g} s' if s<10 else f'{s:.0f} s' if s<100 else f'{s/60:.1f} min'
 
-# A repair asks experts and merge once for its texts, a layer at a time, and solves for every layer (measured: MiniLM).
-_repair = dict(match=2.5, refit=.7)
+# In evaluations. Matching asks experts and merge for their inputs, a layer at a time, and solves for every layer (measured:
+# MiniLM); others pass a third as many inputs as an evaluation has through the merge, some through the experts, too.
+_repair = dict(match=2.5, refit=.7, batchnorm=.4, channels=.8)
 
 def _estimate(row, one, made):
     "Seconds that a row takes"
@@ -186,8 +201,8 @@ def _estimate(row, one, made):
     return one*(evaluations+sum(_repair[o] for o in row.repairs))+made*row.costs*len(row.scales)
 
 # %% ../nbs/75_compare.ipynb #0000000f
-def _checked(models, base, data, out, text, label, seed):
-    "Experts' and the base's checkpoints, tables. Raises before any work"
+def _check_names(models, base, data, text, label, unlabelled):
+    "Raise `ValueError` for tasks that do not go together"
     if len(models)<2: raise ValueError(f"{len(models)} expert given: pass two or more, each NAME=FOLDER")
     if odd := [t for t in data if t not in models]: raise ValueError(f"data is given for {odd[0]!r}, which is no task: experts are {', '.join(models)}")
     if odd := [t for t in models if t not in data]: raise ValueError(f"task {odd[0]!r} has no data: pass --data {odd[0]}=FILE")
@@ -195,22 +210,56 @@ def _checked(models, base, data, out, text, label, seed):
     for what,o in dict(text=text, label=label).items():
         if isinstance(o, dict) and (odd := [t for t in o if t not in models]):
             raise ValueError(f"--{what} names {odd[0]!r}, which is no task: experts are {', '.join(models)}")
+    if odd := [t for t in unlabelled if t not in models]: raise ValueError(f"--unlabelled names {odd[0]!r}, which is no task: experts are {', '.join(models)}")
+    if {*unlabelled}=={*models}: raise ValueError("no task has labels, so nothing can be judged: label some rows, or repair with spectrum-merge --repair match --inputs")
+
+def _checked(models, base, data, out, text, label, unlabelled, arch, size, seed):
+    "Experts and their data, sentences. Raises before any work"
+    _check_names(models, base, data, text, label, unlabelled)
     check_out(out)
     opened,origin = {t: Checkpoint(o) for t,o in models.items()},Checkpoint(base)
     check_out(out, [*opened.values(), origin])
-    names = {t: class_names(t, o) for t,o in opened.items()}
-    def of(o, t): return o.get(t) if isinstance(o, dict) else o
-    tables = {t: own_data(t, data[t], names[t], text=of(text, t), label=of(label, t), seed=seed) for t in models}
-    tokenizers,notes = open_tokenizers(opened, origin)
+    for t,o in opened.items(): arch or check_classifier(t, o)
     named,aligned = name_models(opened, origin)
+    networks,notes = open_networks(named, aligned, arch, size)
+    def of(o, t): return o.get(t) if isinstance(o, dict) else o
+    def names(t): return None if t in unlabelled else class_names(networks[t])
+    tables = {t: own_data(t, data[t], names(t), text=of(text, t), label=of(label, t), images=networks[t].reads!='input_ids', seed=seed) for t in models}
     preflight(named, aligned, out=out)
     notes += slips(named, aligned)
-    need,free = needed_memory(opened),free_memory()
-    if free is not None and need>free: raise ValueError(f"{len(opened)} experts, base and merges take {need/1e9:.2g} GB in memory, "
+    need,free = needed_memory(named),free_memory()
+    if free is not None and need>free: raise ValueError(f"{len(named)} experts, base and merges take {need/1e9:.2g} GB in memory, "
         f"{free/1e9:.2g} GB are free: end other programs, compare fewer or smaller models, or merge on disk with spectrum-merge")
-    return opened,origin,tables,tokenizers,notes
+    experts = Classifiers(named, aligned, networks, tables)
+    experts.try_out()
+    return experts,notes
 
-# %% ../nbs/75_compare.ipynb #00000010
+# %% ../nbs/75_compare.ipynb #0642924a
+class _Kept:
+    "What an unfinished comparison has decided, beside the folder that it will write"
+    def __init__(self, out, bench, budget):
+        self.path,self.out = out.absolute().with_name(f'.{out.name}.comparison.json'),out
+        key = digest(bench.key, {t: o.labels.tolist() for t,o in bench.data.items()})
+        self.said = dict(key=key, seed=bench.seed, tasks={t: str(o.path) for t,o in bench.data.items()}, budget=budget)
+        found = read_json(self.path) if self.path.exists() else {}
+        if found and found.get('key')!=key: raise FileExistsError(f"{self.path} belongs to an unfinished comparison of other models, data or settings "
+            f"(seed {found.get('seed')}, data {', '.join(found.get('tasks', {}).values())}): end it with its own command, name another folder, or delete that file")
+        # with another budget other rows fit
+        self.left = found.get('left') if found.get('budget')==budget else None
+        for o in self.path.parent.glob(f'.{out.name}.*.tmp'):
+            if not _runs(o.suffixes[-2][1:]): shutil.rmtree(o, ignore_errors=True) # of one that was killed
+    def decide(self, left):
+        self.left = left
+        write_json(self.path, self.said | dict(left=left))
+    def end(self): self.path.unlink(missing_ok=True)
+
+def _runs(pid):
+    "Whether there is such a process"
+    try: os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError, OverflowError): return False
+    except PermissionError: return True
+    return True
+
 class _Time:
     "A bar of seconds, on stderr"
     def __init__(self, total, progress):
@@ -221,42 +270,49 @@ class _Time:
         try: return f()
         finally: self.bar.update(cost)
 
+# %% ../nbs/75_compare.ipynb #6a31b32b
+def _decided(bench, kept, budget, began, say):
+    "`{row: seconds}` that fit, `{row: why}` of those that do not"
+    one,made = bench.seconds(_base)[1],max(.01, bench.seconds(_average)[0])
+    todo = comparison(len(bench.tasks), bench.experts.normed)
+    cost = {o: .01 if bench.stands(o) else _estimate(o, one, made) for o in todo}
+    left,room = {},budget-(time.perf_counter()-began)
+    if kept.left is None:
+        for o in todo:
+            if cost[o]<=room: room -= cost[o]
+            else: left[o.name] = f'about {_spoken(cost[o])}, which the budget has not'
+        kept.decide(left)
+    fits = {o: c for o,c in cost.items() if o.name not in kept.left}
+    say(f"one evaluation takes {_spoken(one)}, one merge {_spoken(made)}: {len(fits)} of {len(todo)} rows fit into {_spoken(budget)}, "
+        f"about {_spoken(sum(fits.values()))}" + (f"; left out: {', '.join(kept.left)}" if kept.left else ''))
+    return fits,dict(kept.left)
+
 def _choose(bench, row):
     "`(share, scale)`: the best factor on the rows to choose by, the first of equals"
     found = [(bench.share(row, s), s) for s in row.scales]
     return max(found, key=lambda o: o[0])
 
-# %% ../nbs/75_compare.ipynb #00000011
-def _run(bench, budget, began, say, progress):
+# %% ../nbs/75_compare.ipynb #799ca427
+def _run(bench, kept, budget, began, say, progress):
     "`{row: (Row, share, scale)}` of all that was measured, `{row: why}` of what was not"
     for o in _experts,_base,_average:
         for part in 'tune','test': bench.answers(o, part)
-    one,made = bench.seconds(_base)[1],max(.01, bench.seconds(_average)[0])
-    todo = comparison(len(bench.tasks))
-    cost = {o.name: .01 if bench.stands(o) else _estimate(o, one, made) for o in todo}
-    left,room,fits = {},budget-(time.perf_counter()-began),[]
-    for o in todo:
-        if cost[o.name]<=room:
-            fits.append(o)
-            room -= cost[o.name]
-        else: left[o.name] = f'about {_spoken(cost[o.name])}, which the budget has not'
-    say(f"one evaluation takes {_spoken(one)}, one merge {_spoken(made)}: {len(fits)} of {len(todo)} rows fit into {_spoken(budget)}, "
-        f"about {_spoken(sum(cost[o.name] for o in fits))}" + (f"; left out: {', '.join(left)}" if left else ''))
+    fits,left = _decided(bench, kept, budget, began, say)
     done = {o.name: (o, bench.share(o), None) for o in (_experts, _base, _average)}
-    clock,best = _Time(sum(cost[o.name] for o in fits), progress),None
-    for o in fits:
+    clock,best = _Time(sum(fits.values()), progress),None
+    for o,cost in fits.items():
         if o.kind=='control':
             if best is None: best = _best(done, 'SNR')
             if best is None: continue
             o = replace(o, strategy=best.strategy)
-        if time.perf_counter()-began>budget:
+        if time.perf_counter()-began>budget and not bench.stands(o):
             left[o.name] = 'the budget was used up'
             continue
         def f():
             share,scale = _choose(bench, o)
             bench.answers(o, 'test', scale)
             return o,share,scale
-        try: done[o.name] = clock.run(o, cost[o.name], f)
+        try: done[o.name] = clock.run(o, cost, f)
         except (ValueError, RuntimeError) as e: left[o.name] = ' '.join(str(e).split())[:200]
     clock.bar.close()
     return done,left
@@ -268,74 +324,78 @@ def _best(done, *kinds):
     return max(found, key=lambda o: o[0])[1] if found else None
 
 # %% ../nbs/75_compare.ipynb #00000013
-def _fitted_plan(paths, texts):
-    "A plan that takes the body from the first fitted model, and each one's head"
-    plan = make_plan('standard', paths)
-    t,first = plan.table.copy(),plan.models[0]
-    body = t.role!='head'
-    t.loc[body, plan.models] = 0.
-    t.loc[body, first] = 1.
-    t.loc[body, 'reason'] = f'fitted on {texts} unlabelled texts'
-    return Plan(t, plan.meta | dict(notes=[f'body and heads were fitted on {texts} unlabelled texts; what is proved is that they are those in fitted/']))
-
-def _settled(folder, out):
-    "Say in the manifest where fitted models will lie when all of the folder is in its place"
-    manifest = read_json(folder/'merged'/'merge.json')
-    for t,o in manifest['inputs'].items(): o['source'] = str(out.absolute()/'fitted'/t)
-    write_json(folder/'merged'/'merge.json', manifest | dict(seal=sealed(manifest)))
-
-def _write_best(bench, row, scale, folder, report, opened, origin, out):
-    "The merged folder; how it is made again"
-    if not row.repairs:
-        plan = bench.plan(row, scale, opened, origin) if not recipe(row.strategy).rule.asks('hi') else make_plan(row.strategy, opened, origin)
-        merge(plan, opened, origin, folder/'merged', results=report)
-        return plan
-    for t,m in bench.merged(row, scale, row.repairs).items():
-        m.module.save_pretrained(folder/'fitted'/t)
-        bench.experts.tokenizers[t].save_pretrained(folder/'fitted'/t)
-    paths = {t: folder/'fitted'/t for t in bench.tasks}
-    plan = _fitted_plan(paths, sum(len(o['inputs']) for o in bench.data.values()))
-    merge(plan, paths, None, folder/'merged', results=report)
-    _settled(folder, out)
+def _write_best(bench, row, scale, folder, report):
+    "The merged folder"
+    plan,e = bench.plan(row, scale),bench.experts
+    if not row.repairs: merge(plan, e.models, e.base, folder/'merged', results=report)
+    else: merge_fitted(plan, e.models, e.base, folder/'merged', repairs=row.repairs, inputs={t: o.unlabelled for t,o in bench.data.items()},
+        tokens=e.tokens, networks=e.networks, results=report)
     return plan
 
-def _prove(bench, row, scale, folder):
+def _prove(bench, row, scale, folder, arch):
     "Whether the written folder answers as the row did. Raises `RuntimeError`"
     said = bench.answers(row, 'test', scale)
-    for t in bench.tasks:
-        module = bench.experts.wrapped(t, load_model(folder/'merged', t, dtype=torch.float32).state_dict())
-        same = float((bench.experts.answers(t, module, bench.data[t]['test'])==said[t]).mean())
-        # bf16 and fp16 experts are judged in fp32 and written as they were: a few answers may turn
+    for t in bench.judged:
+        module = bench.experts.networks[t].open(load_task(folder/'merged', t)) if arch else load_model(folder/'merged', t, dtype=torch.float32)
+        same = float((bench.experts.answers(t, module, 'test')==said[t]).mean())
+        # bf16 and fp16 experts are repaired in fp32 and written as they were: a few answers may turn
         if same<.97: raise RuntimeError(f"the merged folder answers {t} otherwise than the row {row.name} did ({same:.3f} the same): not written")
 
 # %% ../nbs/75_compare.ipynb #00000014
-def _report(five, table, left, data, notes, best, command):
+def _report(five, table, left, data, notes, command):
     "Markdown: sentences, the table, what was left out, what was read"
-    shown = table.drop(columns=['p','kind','seconds'])
+    shown = table.drop(columns=['p','kind'])
     return '\n'.join(['# Comparison of merges', '', *[f'{i+1}. {o}' for i,o in enumerate(five)], '', markdown(shown), '',
         '`difference`: accuracy minus that of `average`, over all tested rows, with its 95 % bootstrap interval; `p_holm`: exact McNemar '
         'test after Holm\'s correction; shares are of each expert\'s own accuracy, mean and worst task.', '',
         *(['## Left out', '', *[f'- {k}: {v}' for k,v in left.items()], ''] if left else []),
         '## Data', '', *[f'- {o.said}' for o in data.values()], *[f'- {o}' for o in notes], '', '## Made again by', '', f'    {command}', ''])
 
-def _command(row, scale, models, base, seed, data):
+def _command(row, scale, models, base, given):
     "The command line that makes the best merge again"
     named,origin = ' '.join(f'{t}={o}' for t,o in models.items()),f' --base {base}'
     if row.repairs:
-        tables = ' '.join(f'{t}={o}' for t,o in data.items())
-        return f'spectrum-compare {named}{origin} --data {tables} --seed {seed} --out …'
+        more = ' '.join(f"--{k} {' '.join(f'{t}={v}' for t,v in o.items()) if isinstance(o, dict) else ' '.join(o) if isinstance(o, (list, tuple)) else o}"
+            for k,o in given.items() if o not in (None, ()))
+        return f'spectrum-compare {named}{origin} {more} --out …'
     factor = '' if scale is None else f' --scale {scale}'
     return f"spectrum-merge {named}{origin if recipe(row.strategy).rule.base or factor or recipe(row.strategy).rule.asks('snr') else ''} --strategy '{row.strategy}'{factor} --out …"
 
+def _write(bench, best, done, left, notes, folder, models, base, given):
+    "Everything that a comparison leaves; the table, five sentences"
+    row,_,scale = done[best.name]
+    truth = {t: bench.data[t].truth('test') for t in bench.judged}
+    said = {k: bench.answers(r, 'test', s) for k,(r,_,s) in done.items()}
+    said[chance] = commonest({t: bench.data[t].truth('tune') for t in truth}, truth)
+    about = {k: dict(kind=r.kind, needs=r.needs, setting='' if s is None else f'λ = {s}', share_when_chosen=share) for k,(r,share,s) in done.items()}
+    table,each = judged(said, truth, about | {chance: dict(kind='reference', needs='', setting='', share_when_chosen=np.nan)})
+    table.attrs['n'] = sum(map(len, truth.values()))
+    five = sentences(table, list(truth), best.name, sum(len(bench.data[t].parts['tune']) for t in truth))
+    report = _report(five, table, left, bench.data, notes, _command(row, scale, models, base, given))
+    plan = _write_best(bench, row, scale, folder, report)
+    _prove(bench, row, scale, folder, given['arch'])
+    plan.save(folder/'best.plan.csv')
+    table.to_csv(folder/'table.csv', index=False)
+    each.to_csv(folder/'per_task.csv', index=False)
+    figure(table, each).savefig(folder/'figure.png', dpi=110, bbox_inches='tight')
+    (folder/'report.md').write_text(report+'\n![Differences from the plain average and shares of the experts](figure.png)\n', encoding='utf-8')
+    write_json(folder/'best.json', dict(row=best.name, strategy=best.strategy, scale=scale, repairs=list(best.repairs),
+        seed=bench.seed, version=__version__, plan_digest=plan.digest, key=bench.key))
+    pd.DataFrame([dict(row=k, seconds=round(float(np.sum(bench.seconds(r))), 2)) for k,(r,_,_) in done.items()]).to_csv(folder/'times.csv', index=False)
+    return table,five
+
 # %% ../nbs/75_compare.ipynb #00000015
 def compare(
-    models:dict, # `{task: folder}` of `…ForSequenceClassification`
+    models:dict, # `{task: folder}` of `…ForSequenceClassification` or `…ForImageClassification`, or files with `arch`
     base, # The model that they were fine-tuned from: folder or hub id
-    data:dict, # `{task: .csv, .tsv, .jsonl, .json or .parquet file}`
+    data:dict, # `{task: .csv, .tsv, .jsonl, .json, .parquet file, or folder of images}`
     out, # New folder
     *,
-    text=None, # Column of texts, for all tasks or `{task: column}`; by default guessed
+    text=None, # Column of texts or images, for all tasks or `{task: column}`; by default guessed
     label=None, # Column of labels, likewise
+    unlabelled=(), # Tasks whose data have no labels: repairs see them, nobody judges them
+    arch:str=None, # Architecture of `torchvision` where models are state dicts: 'resnet18'
+    size:int=None, # Pixels of an image's side, with `arch`
     budget='10m', # Time: '10m', '90s', or seconds
     seed:int=0, # Of the parts and of random controls
     say=print, # What is told what is guessed and what fits
@@ -343,34 +403,20 @@ def compare(
 ) -> pd.DataFrame: # The table
     "Merge, repair, judge, write. Raises `ValueError`, `OSError` before any work"
     began,budget,out = time.perf_counter(),seconds(budget),Path(out).expanduser()
-    opened,origin,tables,tokenizers,notes = _checked(models, base, data, out, text, label, seed)
-    for o in [*(o.said for o in tables.values()), *notes]: say(o)
-    bench = _Bench(Classifiers(opened, origin, tokenizers), tables, seed)
-    for t,o in tables.items():
-        if n := sum(len(x)>=bench.experts.longest(t) for x in bench.experts.ids(t, o.texts)):
-            notes.append(f"{t}: {n} texts reach {bench.experts.longest(t)} tokens and are cut there")
-            say(notes[-1])
-    done,left = _run(bench, budget, began, say, progress)
-    truth = {t: o.truth('test') for t,o in tables.items()}
-    said = {k: bench.answers(r, 'test', scale) for k,(r,_,scale) in done.items()}
-    said[chance] = commonest({t: o.truth('tune') for t,o in tables.items()}, truth)
-    about = {k: dict(kind=r.kind, needs=r.needs, setting='' if s is None else f'λ = {s}', share_when_chosen=share, seconds=round(float(np.sum(bench.seconds(r))), 2))
-        for k,(r,share,s) in done.items()} | {chance: dict(kind='reference', needs='', setting='', share_when_chosen=np.nan, seconds=0.)}
-    table,each = judged(said, truth, about)
-    table.attrs['n'] = sum(map(len, truth.values()))
+    experts,notes = _checked(models, base, data, out, text, label, unlabelled, arch, size, seed)
+    bench = _Bench(experts, seed)
+    kept = _Kept(out, bench, budget)
+    for t in bench.judged:
+        if n := experts.cut(t): notes.append(f"{t}: {n} texts reach {experts.longest(t)} tokens and are cut there")
+    for o in [*(o.said for o in experts.data.values()), *notes]: say(o)
+    for part in 'tune','test': bench.answers(_experts, part)
+    for o in bench.doubts():
+        notes.append(o)
+        say(o)
+    done,left = _run(bench, kept, budget, began, say, progress)
     best = _best(done, 'merge', 'SNR', 'repair')
-    scale = done[best.name][2]
-    five = sentences(table, list(truth), best.name, sum(len(o.parts['tune']) for o in tables.values()))
-    report = _report(five, table, left, tables, notes, best, _command(best, scale, models, base, seed, data))
-    with atomic_folder(out) as folder, quiet():
-        plan = _write_best(bench, best, scale, folder, report, opened, origin, out)
-        _prove(bench, best, scale, folder)
-        plan.save(folder/'best.plan.csv')
-        table.to_csv(folder/'table.csv', index=False)
-        each.to_csv(folder/'per_task.csv', index=False)
-        figure(table, each).savefig(folder/'figure.png', dpi=110, bbox_inches='tight')
-        (folder/'report.md').write_text(report+'\n![Shares of the experts](figure.png)\n', encoding='utf-8')
-        write_json(folder/'best.json', dict(row=best.name, strategy=best.strategy, scale=scale, repairs=list(best.repairs),
-            seed=seed, version=__version__, plan_digest=plan.digest))
+    given = dict(data=data, text=text, label=label, unlabelled=unlabelled, arch=arch, size=size, seed=seed)
+    with atomic_folder(out) as folder, quiet(): table,five = _write(bench, best, done, left, notes, folder, models, base, given)
+    kept.end()
     for i,o in enumerate(five): say(f'{i+1}. {o}')
     return table

@@ -10,7 +10,7 @@ __all__ = ['level', 'plain', 'ideal', 'chance', 'judged', 'commonest', 'sentence
 # %% ../nbs/74_judged.ipynb #00000003
 import numpy as np, pandas as pd
 from .evaluate import bootstrap, holm, majority, mcnemar, wilson
-from .plot import plot_bars
+from matplotlib.figure import Figure
 
 # %% ../nbs/74_judged.ipynb #00000004
 # Differences are called significant below it, after Holm's correction over all rows.
@@ -137,10 +137,23 @@ def markdown(
 def figure(
     table:pd.DataFrame, # From `judged`
     each:pd.DataFrame, # From `judged`
-):
-    "Share of the experts of every row, a dot per task"
-    rows = each.assign(normalised=each.share, seed=each.task)
-    rows = rows[rows.row!=ideal]
-    average = float(table.mean_share[table.row==plain].iloc[0])
-    return plot_bars(rows, 'row', line=average, label='plain average', height=4.2, title='Share of the experts\' accuracy',
-        caption=f"Mean of tasks on {int(table.attrs['n']):,} rows; a dot per task. Intervals are in table.csv.")
+) -> Figure:
+    "A line per row: its difference from the average with the 95 % interval; its share of the experts, a dot per task"
+    # the smallest below, so that the eye begins with the best
+    t = table.sort_values('difference', kind='stable').reset_index(drop=True)
+    fig = Figure(figsize=(9, 1.6+.26*len(t)), dpi=44, layout='constrained')
+    left,right = fig.subplots(1, 2, sharey=True)
+    for i,r in t.iterrows():
+        sure = r.row!=plain and r.p_holm<level
+        left.plot([100*r.lo, 100*r.hi], [i, i], color='C0' if sure else '.6')
+        left.plot(100*r.difference, i, 'o', color='C0' if sure else '.6', ms=5)
+    left.axvline(0, ls='--', color='.5')
+    right.barh(range(len(t)), t.mean_share, color='C0', alpha=.45)
+    at = {r: i for i,r in enumerate(t.row)}
+    right.plot(each.share, each.row.map(at), 'k.', ms=4)
+    right.axvline(1, ls=':', color='k')
+    left.set_yticks(range(len(t)), t.row, fontsize=8)
+    left.set(title='points of accuracy from the average', xlabel='blue: significant (McNemar, Holm)')
+    right.set(title="share of the experts' accuracy", xlabel='bar: mean of tasks; dot: a task', xlim=(0, max(1.05, 1.03*each.share.max())))
+    fig.suptitle(f"{int(table.attrs['n']):,} rows; bars on the left: 95 % intervals", fontsize=9)
+    return fig

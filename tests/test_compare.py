@@ -8,7 +8,8 @@ from spectrum_merging import classifiers, compare as module
 from spectrum_merging.parallel import quiet
 from spectrum_merging.compare import compare
 from spectrum_merging.merge import load_model
-from spectrum_merging.own_data import class_numbers, own_data, read_table
+from spectrum_merging.own_data import class_numbers, own_data
+from spectrum_merging.unlabelled import read_table
 from spectrum_merging.verify import verify
 
 moods = {'awful': ['bad','vile','poor'], 'So-so': ['fair','plain','usual'], 'Great Fun': ['good','bright','sweet']}
@@ -133,7 +134,7 @@ def test_averaging_fails(apart, home):
     assert better and all(k in sentence for k in better)
     assert not [k for k,r in table.iterrows() if not r.p_holm<.05 and k!='average' and r.kind in ('merge','SNR','repair') and f'{k} (' in sentence]
     best = json.loads((home/'fails/best.json').read_text())
-    assert best['repairs'] and 'unlabelled texts' in report
+    assert best['repairs'] and 'unlabelled inputs' in report
     assert verify(home/'fails'/'merged', all=True).ok.all()
     assert load_model(home/'fails'/'merged', 'mood').config.id2label[1]=='So-so'
 
@@ -161,11 +162,11 @@ def test_refuses_data(apart, home, tmp_path):
     def with_table(df, name='x.csv', **how):
         df.to_csv(tmp_path/name, index=False, **how)
         return models,base,data | dict(mood=tmp_path/name)
-    refused(with_table(df.head(39)), home, 'has 39 rows with a text and a label')
+    refused(with_table(df.head(39)), home, 'has 39 rows with an input and a label')
     refused(with_table(df.assign(verdict='unheard of'), 'u.csv'), home, "no column holds labels that the expert knows|'unheard of'")
     refused(with_table(df.rename(columns=dict(verdict='label')).assign(label=lambda o: o.label.where(o.index>3, 'odd'))), home, "labels 'odd' are not known")
     refused(with_table(df[['snippet']]), home, 'no column holds labels')
-    refused(with_table(df[['verdict']]), home, 'no column looks like texts')
+    refused(with_table(df[['verdict']]), home, 'has no column of texts')
     refused(with_table(df[['snippet','verdict']], header=False), home, 'first line seems to be a row')
     refused(apart, home, "has no column 'nothing'", text=dict(mood='nothing'))
     refused(apart, home, 'names .other., which is no task', label=dict(other='x'))
@@ -207,7 +208,8 @@ def test_tables(kind, tmp_path):
     if kind in ('csv','tsv'): df.to_csv(f, index=False, sep=',' if kind=='csv' else '\t')
     elif kind=='parquet': df.to_parquet(f)
     else: df.to_json(f, orient='records', lines=kind=='jsonl')
-    assert read_table(f).values.tolist()==[['x, y','1'], ['"q"','0'], ['','2']]
+    found = read_table(f)
+    assert list(found['a'])==['x, y','"q"',''] and [*map(str, found['b'])]==['1','0','2']
 
 def test_budget_names_what_is_left_out(apart, home):
     said = []
@@ -242,7 +244,7 @@ def test_ragged_tables(tmp_path):
     with pytest.raises(ValueError, match='row 1 .* has 3 cells'): read_table(f)
     f = tmp_path/'a.tsv'
     f.write_text('text\tlabel\n"so it began\tpos\nend"\tneg\n')
-    assert read_table(f).values.tolist()==[['"so it began','pos'], ['end"','neg']]
+    assert read_table(f)==dict(text=['"so it began','end"'], label=['pos','neg'])
 
 def test_parts(tmp_path):
     "Rows without a label are for repairs; a text that repeats is in one part; no more rows than are needed"
