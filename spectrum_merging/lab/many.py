@@ -16,6 +16,7 @@ from .merges import Lab, Merge
 from .parts import choose, chosen_merge, finished, looks_at_inputs, needed, tested
 from .report import Results
 from .uses import tuning_seed
+from ..rules import recipe
 
 # %% ../../nbs/lab/56_many.ipynb #00000007
 # Around what the papers use for eight tasks.
@@ -26,10 +27,12 @@ many_candidates = dict(
     iso_c=[('iso_c', s) for s in (.6, 1.2, 2.4)],
     ridge_mean=[(f'ridge_mean(eps={e})', 1.) for e in (.01, .03, .1, .3)],
     regmean=[(f'regmean(alpha={a})', 1.) for a in (.7, .9, 1.)],
-    matched=[(f'match(ridge={r})', None) for r in (.03, .3, 1.)])
+    matched=[(f'match(ridge={r})', None) for r in (.03, .3, 1.)],
+    distilled=[(f'distil(epochs=10, lr={r})', None) for r in (1e-4, 3e-4)])
 
 called = dict(average='average', task_arithmetic='task arithmetic', ties='TIES', tsv_m='TSV-M', iso_c='Iso-C',
-    ridge_mean='ridge mean', regmean='RegMean', matched='matched layers')
+    ridge_mean='ridge mean', regmean='RegMean', matched='matched layers', slerp='SLERP', dare='DARE',
+    distilled='ridge mean, distilled')
 
 # Under heads that are fitted to the experts' answers as well.
 refitted = 'average','ridge_mean','matched'
@@ -51,7 +54,8 @@ def many_settings(
 ) -> dict: # `{method: (recipe, scale)}`
     "Each method's setting that is best on held-out items"
     key = lab.key,tuple(candidates)
-    if key not in _known: _known[key] = choose(lab, [], candidates)
+    fit = {k: [o for o in v if len(lab.tasks)==2 or not recipe(o[0]).rule.two_only] for k,v in candidates.items()}
+    if key not in _known: _known[key] = choose(lab, [], {k: v for k,v in fit.items() if v})
     return _known[key]
 
 # %% ../../nbs/lab/56_many.ipynb #00000008
@@ -65,7 +69,7 @@ def many_merges(
         text,scale = chosen.get(m, ('', None))
         said = text if scale is None else f'{text}, λ = {scale}'
         yield called.get(m, m),said,finished(lab, merged),bool(text) and looks_at_inputs(text)
-        if m in refitted: yield f'{called.get(m, m)}, heads refitted',said,finished(lab, merged).then('refit'),True
+        if m in refitted and lab.head(next(iter(lab.tasks))): yield f'{called.get(m, m)}, heads refitted',said,finished(lab, merged).then('refit'),True
 
 def many_rows(
     lab:Lab, # Of all tasks, of a seed that is scored
@@ -84,7 +88,7 @@ def many_rows(
             preds = part.predict(m)
             plain = plain or preds
             about = dict(table='many', number=n, method=name, setting=said, needs=needed(part, inputs))
-            rows += tested(part, part.rows(m, **about), preds, plain)
+            rows += tested(part, part.kind.measured(part, m, **about), preds, plain)
     return rows
 
 def expert_rows(lab, chosen=None):
