@@ -82,7 +82,9 @@ def many_rows(
     if lab.seed==tuning_seed: raise ValueError(f"seed is {lab.seed}: settings are chosen on it, score others")
     names,rows = [o for o in order if o in lab.tasks] or list(lab.tasks),[]
     for n in [k for k in sizes if k<=len(names)]:
-        found = many_settings(first_tasks(lab, names[:n], tuning_seed), candidates)
+        only = {k: v[0] for k,v in candidates.items() if len(v)==1}
+        # where nothing is to be chosen, experts of another seed need not be trained
+        found = only if len(only)==len(candidates) else many_settings(first_tasks(lab, names[:n], tuning_seed), candidates)
         part,plain = first_tasks(lab, names[:n]),None
         for name,said,m,inputs in many_merges(part, found):
             preds = part.predict(m)
@@ -99,20 +101,22 @@ def expert_rows(lab, chosen=None):
 # %% ../../nbs/lab/56_many.ipynb #0000000a
 def by_seed(
     rows:pd.DataFrame, # From `many_rows`
+    what:str='kept', # Column: share of the expert's score, or 'gain': of what it gains in loss over the base
 ) -> pd.DataFrame: # number, needs, method, seed; mean, worst, first: the mean of the tasks that every merge has
     "Mean and worst share of the experts' scores, for each seed"
     by = ['number','needs','method','seed']
     common = set.intersection(*(set(o.task) for _,o in rows.groupby('number')))
-    def of(df, f): return df.groupby(by, sort=False).kept.agg(f)
+    def of(df, f): return df.groupby(by, sort=False)[what].agg(f)
     found = dict(mean=of(rows, 'mean'), worst=of(rows, 'min'), first=of(rows[rows.task.isin(common)], 'mean'))
     return pd.DataFrame(found).reset_index()
 
 def many_table(
     results:Results,
+    what:str='kept', # Column of the rows: see `by_seed`
 ) -> pd.DataFrame: # A line per method and number of tasks; lo, hi: of the mean, over seeds
     "Mean and worst task, over seeds"
     res = []
-    for (n, needs, m),o in by_seed(results.part('many')).groupby(['number','needs','method'], sort=False):
+    for (n, needs, m),o in by_seed(results.part('many'), what).groupby(['number','needs','method'], sort=False):
         mean,lo,hi = mean_interval(o['mean'])
         res.append(dict(tasks=n, method=m, needs=needs, mean=mean, lo=lo, hi=hi, worst=o.worst.mean(), first=o['first'].mean()))
     return pd.DataFrame(res).dropna(axis=1, how='all').round(4)
