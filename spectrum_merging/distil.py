@@ -98,6 +98,7 @@ def _judged(loss, aside):
     for t,i in aside: by.setdefault(t, []).append(loss(t, i).item())
     return float(np.mean([np.mean(o) for o in by.values()]))
 
+# %% ../nbs/68_distil.ipynb #f107fd38
 # 1 GiB in float32; the words of a vocabulary at every position are asked for again in each round
 _held = 1<<28 # Numbers of the experts' answers in memory at most
 

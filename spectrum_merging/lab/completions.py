@@ -181,6 +181,7 @@ def _fine_tune(task, base, recipe, folder, lora):
         trainer.train(resume_from_checkpoint=next(iter(sorted(Path(folder).glob('checkpoint-*'))), None) and True)
     return (model.merge_and_unload() if lora else model).float().cpu().eval(),tok
 
+# %% ../../nbs/lab/28_completions.ipynb #2afe2024
 def completion_recipe(
     task:Task,
     base:Base,
