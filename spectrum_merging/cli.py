@@ -318,7 +318,8 @@ def bench_cli(
 # %% ../nbs/95_cli.ipynb #00000015
 _experiments = {'vision': ('FashionMNIST','KMNIST'), 'sst2-emotion': ('SST-2','Emotion'), 'sst2-cola': ('SST-2','CoLA')}
 _groups = {'all': list(_experiments), 'is-it-signal': ['signal-vision','signal-text'],
-    'where-snr': [f'where-snr-{k}' for k in _experiments], 'eight-tasks': ['eight-tasks']}
+    'where-snr': [f'where-snr-{k}' for k in _experiments], 'eight-tasks': ['eight-tasks'],
+    'language-models': ['language-models']}
 
 def _experts(experiment, given, base):
     "`{task: path}` of experts that are there. Raises `CliError` for what does not go together"

@@ -4,12 +4,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 import pytest
+from spectrum_merging.files import cache_dir
 from spectrum_merging.lab import inside, run as lab_run, tasks as lab_tasks, texts as lab_texts
+from spectrum_merging.lab.completions import CompletionBudget, Completions, tiny_decoder
 from spectrum_merging.lab.images import ImageBudget
 from spectrum_merging.lab.many import many_rows
 from spectrum_merging.lab.parts import grid_rows
 from spectrum_merging.lab.tasks import digits_tasks, generated_texts
-from spectrum_merging.lab.texts import TextBudget, Texts, tiny_base
+from spectrum_merging.lab.texts import TextBudget, Texts, load_tokenizer, tiny_base
 from spectrum_merging.lab.uses import tuned_rows
 
 lessons = Path(__file__).parents[1]/'nbs/experiments'
@@ -18,7 +20,7 @@ few = dict(task_arithmetic=[('task_arithmetic', .5)], ridge_mean=[('ridge_mean(e
 
 # Vision's lesson shows intervals over seeds; those of texts only have them in tables.
 seeds = {'vision': 2, 'sst2-emotion': 1, 'sst2-cola': 1, 'signal-vision': 3, 'signal-text': 3, 'where-snr-sst2-emotion': 1,
-    'where-snr-sst2-cola': 2, 'eight-tasks': 2}
+    'where-snr-sst2-cola': 2, 'eight-tasks': 2, 'language-models': 2}
 
 class TinyTexts(Texts):
     "Texts whose base has random weights, whatever is asked for"
@@ -49,6 +51,19 @@ def tiny_many(one, *names):
     found = tiny_texts(one, *names)
     return replace(found, parts=(found.parts[0], replace(found.parts[1], rows=partial(many_rows, candidates=few))))
 
+class TinyCompletions(Completions):
+    "Decoders whose base has random weights, whatever is asked for"
+    def find_base(self, tasks, budget, base=None, seed=0, cache=None, progress=True):
+        return super().find_base(tasks, budget, tiny_decoder(Path(cache or cache_dir())/'decoder', load_tokenizer(tiny_base(cache).path)))
+
+def tiny_spoken(one):
+    "Few methods on three made-up tasks"
+    budget = CompletionBudget(steps=10, lr=3e-3, batch=16, train=120, test=30, held=30, calibration=20, tokens=32)
+    methods = dict(ridge_mean=[('ridge_mean(eps=0.1)', 1.)], matched=[('match(ridge=0.3)', None)])
+    many = replace(one.parts[1], rows=partial(many_rows, sizes=(3,), candidates=methods))
+    return replace(one, kind=TinyCompletions(), load=lambda root, cache=None: generated_texts(('SST-2','Emotion','Newsgroups')),
+        budgets=dict(full=budget), parts=(one.parts[0], many))
+
 @pytest.fixture(scope='module')
 def cache(tmp_path_factory): return tmp_path_factory.mktemp('cache')
 
@@ -65,6 +80,7 @@ def tiny(monkeypatch, cache):
             signal_vision=replace(lab_run.signal_vision, load=vision.load, budgets=vision.budgets),
             signal_text=tiny_texts(lab_run.signal_text, 'SST-2', 'Emotion', 'CoLA'),
             eight_tasks=tiny_many(lab_run.eight_tasks, 'SST-2', 'Newsgroups', 'CoLA', 'Reuters'),
+            language_models=tiny_spoken(lab_run.language_models),
             where_snr=[tiny_uses(o, *names) for o,names in zip(lab_run.where_snr[1:], pairs)]).items():
         monkeypatch.setattr(lab_run, k, o)
     for place,k,o in [(lab_tasks, 'load_texts', generated_texts), (lab_texts, 'find_base', lambda *_: tiny_base(cache)),
@@ -85,7 +101,7 @@ def run_cell(source, names):
     exec(compile(ast.Module(body, []), '<cell>', 'exec'), names)
     return last and eval(compile(ast.Expression(last.value), '<cell>', 'eval'), names)
 
-_called = {'SST-2': 'praise', 'CoLA': 'word order', 'Emotion': 'feelings', 'FashionMNIST': 'digits 0-4', 'KMNIST': 'digits 5-9'}
+_called = {'SST-2': 'praise', 'CoLA': 'word order', 'Emotion': 'feelings', 'Newsgroups': 'which thing', 'Tweets': 'praise', 'FashionMNIST': 'digits 0-4', 'KMNIST': 'digits 5-9'}
 
 def stored_columns(cell):
     "Columns of the table that a cell keeps, under the names of the tiny tasks"

@@ -16,6 +16,7 @@ from .merges import Lab, Merge
 from .parts import choose, chosen_merge, finished, looks_at_inputs, needed, tested
 from .report import Results
 from .uses import tuning_seed
+from ..rules import recipe
 
 # %% ../../nbs/lab/56_many.ipynb #00000007
 # Around what the papers use for eight tasks.
@@ -26,10 +27,12 @@ many_candidates = dict(
     iso_c=[('iso_c', s) for s in (.6, 1.2, 2.4)],
     ridge_mean=[(f'ridge_mean(eps={e})', 1.) for e in (.01, .03, .1, .3)],
     regmean=[(f'regmean(alpha={a})', 1.) for a in (.7, .9, 1.)],
-    matched=[(f'match(ridge={r})', None) for r in (.03, .3, 1.)])
+    matched=[(f'match(ridge={r})', None) for r in (.03, .3, 1.)],
+    distilled=[(f'distil(epochs=10, lr={r})', None) for r in (1e-4, 3e-4)])
 
 called = dict(average='average', task_arithmetic='task arithmetic', ties='TIES', tsv_m='TSV-M', iso_c='Iso-C',
-    ridge_mean='ridge mean', regmean='RegMean', matched='matched layers')
+    ridge_mean='ridge mean', regmean='RegMean', matched='matched layers', slerp='SLERP', dare='DARE',
+    distilled='ridge mean, distilled')
 
 # Under heads that are fitted to the experts' answers as well.
 refitted = 'average','ridge_mean','matched'
@@ -51,7 +54,8 @@ def many_settings(
 ) -> dict: # `{method: (recipe, scale)}`
     "Each method's setting that is best on held-out items"
     key = lab.key,tuple(candidates)
-    if key not in _known: _known[key] = choose(lab, [], candidates)
+    fit = {k: [o for o in v if len(lab.tasks)==2 or not recipe(o[0]).rule.two_only] for k,v in candidates.items()}
+    if key not in _known: _known[key] = choose(lab, [], {k: v for k,v in fit.items() if v})
     return _known[key]
 
 # %% ../../nbs/lab/56_many.ipynb #00000008
@@ -65,7 +69,7 @@ def many_merges(
         text,scale = chosen.get(m, ('', None))
         said = text if scale is None else f'{text}, λ = {scale}'
         yield called.get(m, m),said,finished(lab, merged),bool(text) and looks_at_inputs(text)
-        if m in refitted: yield f'{called.get(m, m)}, heads refitted',said,finished(lab, merged).then('refit'),True
+        if m in refitted and lab.head(next(iter(lab.tasks))): yield f'{called.get(m, m)}, heads refitted',said,finished(lab, merged).then('refit'),True
 
 def many_rows(
     lab:Lab, # Of all tasks, of a seed that is scored
@@ -78,13 +82,15 @@ def many_rows(
     if lab.seed==tuning_seed: raise ValueError(f"seed is {lab.seed}: settings are chosen on it, score others")
     names,rows = [o for o in order if o in lab.tasks] or list(lab.tasks),[]
     for n in [k for k in sizes if k<=len(names)]:
-        found = many_settings(first_tasks(lab, names[:n], tuning_seed), candidates)
+        only = {k: v[0] for k,v in candidates.items() if len(v)==1}
+        # where nothing is to be chosen, experts of another seed need not be trained
+        found = only if len(only)==len(candidates) else many_settings(first_tasks(lab, names[:n], tuning_seed), candidates)
         part,plain = first_tasks(lab, names[:n]),None
         for name,said,m,inputs in many_merges(part, found):
             preds = part.predict(m)
             plain = plain or preds
             about = dict(table='many', number=n, method=name, setting=said, needs=needed(part, inputs))
-            rows += tested(part, part.rows(m, **about), preds, plain)
+            rows += tested(part, part.kind.measured(part, m, **about), preds, plain)
     return rows
 
 def expert_rows(lab, chosen=None):
@@ -95,20 +101,22 @@ def expert_rows(lab, chosen=None):
 # %% ../../nbs/lab/56_many.ipynb #0000000a
 def by_seed(
     rows:pd.DataFrame, # From `many_rows`
+    what:str='kept', # Column: share of the expert's score, or 'gain': of what it gains in loss over the base
 ) -> pd.DataFrame: # number, needs, method, seed; mean, worst, first: the mean of the tasks that every merge has
     "Mean and worst share of the experts' scores, for each seed"
     by = ['number','needs','method','seed']
     common = set.intersection(*(set(o.task) for _,o in rows.groupby('number')))
-    def of(df, f): return df.groupby(by, sort=False).kept.agg(f)
+    def of(df, f): return df.groupby(by, sort=False)[what].agg(f)
     found = dict(mean=of(rows, 'mean'), worst=of(rows, 'min'), first=of(rows[rows.task.isin(common)], 'mean'))
     return pd.DataFrame(found).reset_index()
 
 def many_table(
     results:Results,
+    what:str='kept', # Column of the rows: see `by_seed`
 ) -> pd.DataFrame: # A line per method and number of tasks; lo, hi: of the mean, over seeds
     "Mean and worst task, over seeds"
     res = []
-    for (n, needs, m),o in by_seed(results.part('many')).groupby(['number','needs','method'], sort=False):
+    for (n, needs, m),o in by_seed(results.part('many'), what).groupby(['number','needs','method'], sort=False):
         mean,lo,hi = mean_interval(o['mean'])
         res.append(dict(tasks=n, method=m, needs=needs, mean=mean, lo=lo, hi=hi, worst=o.worst.mean(), first=o['first'].mean()))
     return pd.DataFrame(res).dropna(axis=1, how='all').round(4)

@@ -141,6 +141,7 @@ class Kind:
         "An expert that is there already, as a module"
         raise ValueError(f"ready-made experts of the kind {self.name!r} cannot be opened: leave experts= out")
     def inner(self, module): return module # Whose state dict is merged
+    def measured(self, lab, merged, **about): return lab.rows(merged, **about) # A dict per task
     def prediction_key(self, lab): return [] # What else predictions depend on; JSON
 
 # %% ../../nbs/lab/05_training.ipynb #00000013
