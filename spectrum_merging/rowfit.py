@@ -224,18 +224,15 @@ class _Few:
         return best[1]
 
     def fitted(self, W, ridge):
-        "Some of the new weight's rows after another, from all inputs, in float64"
+        "Some of the new weight's rows after another, from all inputs; what is solved is solved in float64"
         X,Z = (torch.cat(o).mul_(.5**.5) for o in (self.X, self.Z))
         self.X = self.Z = None
         size = float(sum((x.double()**2).sum() for x in X.split(256)))/X.shape[1]
         solve = _factor(_inner(X, X, torch.float64), ridge*size)
         for s in _slices(W):
-            P,z = W[s].double(),Z[:,s].double()
-            y = torch.cat([x.double()@P.T for x in X.split(512)])
+            z,y = Z[:,s].double(),(X@W[s].T).double()
             f = _scaled((z*y).sum(0), (y*y).sum(0))
-            a,P = solve(z-y*f.T),P.mul_(f)
-            for x,o in zip(X.split(512), a.split(512)): P.addmm_(o.T, x.double())
-            yield s,f,P
+            yield s,f,torch.addmm(W[s]*f.float(), solve(z-y*f.T).float().T, X)
 
 # %% ../nbs/68_rowfit.ipynb #0000000c
 @torch.no_grad()
