@@ -330,6 +330,7 @@ def pace(self:Classifiers, tasks):
         res += (time.perf_counter()-began)/rows*sum(len(self.data[t].parts[o]) for o in ('tune','test'))
     return res
 
+# %% ../nbs/73_classifiers.ipynb #c0de73aa
 @patch
 def try_out(self:Classifiers):
     "Ask each expert two inputs. Raises `ValueError`"

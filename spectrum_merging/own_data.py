@@ -127,6 +127,7 @@ class OwnData:
         items = self['inputs']
         return Inputs(self.path, source_sha256(self.path, items), items, len(self.items), self.column, self.said)
 
+# %% ../nbs/72_own_data.ipynb #c0de72aa
 def content(
     item, # A text, a pair of texts, an image
 ) -> str:
