@@ -20,7 +20,7 @@ floors = [
     ['checkpoint'],
     ['names','heads','beside'],
     ['operations','scan','preflight','repair','match','distil'],
-    ['plan','interop'],
+    ['plan','interop','recommend'],
     ['chain','explore','stream'],
     ['journal'],
     ['folder'],
