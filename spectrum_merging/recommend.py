@@ -89,7 +89,7 @@ def facts_of(
     models,base = name_models(models, base)
     if len(models)<2: raise ValueError(f"{len(models)} model: a merge needs 2 or more")
     first = next(iter(models.values()))
-    own = task_heads(models, base, True)
+    own = list(task_heads(models, base).prefixes)
     units = find_units(first.infos, own)
     wide = any(len(o.shape)==4 and max(o.shape[2:])>1 for k,o in first.infos.items() if units.role.get(k)=='matrix')
     heads,said = (units.role=='head').any(),' '.join(first.config.get('architectures') or [])

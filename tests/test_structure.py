@@ -124,7 +124,7 @@ def test_private_names_stay(room):
 
 home = {name: r.f.__module__.partition('.')[2] for name,r in rules.items() if r.f.__module__.startswith('spectrum_merging')}
 # What is measured and compared is data, and data name recipes.
-data = ['lab.images','lab.parts','lab.run','lab.paper','lab.findings','lab.causes','lab.inside','lab.uses','lab.lessons','lab.seeds','lab.many','bench','compare']
+data = ['lab.images','lab.parts','lab.run','lab.paper','lab.findings','lab.causes','lab.inside','lab.uses','lab.lessons','lab.seeds','lab.many','bench','compare','recommend']
 
 words = [('repair','channels'), ('lab.verdicts','ties')] # the name of a column, a verdict, too
 
