@@ -20,7 +20,7 @@ floors = [
     ['checkpoint'],
     ['names','heads','beside'],
     ['operations','scan','preflight','repair','match','distil','blocks'],
-    ['plan','interop','rowfit'],
+    ['plan','interop','rowfit','recommend'],
     ['chain','explore','stream'],
     ['journal'],
     ['folder','carried'],
@@ -126,7 +126,7 @@ def test_private_names_stay(room):
 
 home = {name: r.f.__module__.partition('.')[2] for name,r in rules.items() if r.f.__module__.startswith('spectrum_merging')}
 # What is measured and compared is data, and data name recipes.
-data = ['lab.images','lab.parts','lab.run','lab.paper','lab.findings','lab.causes','lab.inside','lab.uses','lab.lessons','lab.seeds','lab.many','bench','candidates','compare']
+data = ['lab.images','lab.parts','lab.run','lab.paper','lab.findings','lab.causes','lab.inside','lab.uses','lab.lessons','lab.seeds','lab.many','bench','candidates','compare','recommend']
 
 words = [('repair','channels'), ('lab.verdicts','ties')] # the name of a column, a verdict, too
 
