@@ -11,6 +11,7 @@ __all__ = ['asked', 'rules', 'Range', 'Choice', 'Rule', 'same_rule', 'rule', 'Re
 import dis, re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property, wraps
 from inspect import Parameter, signature, unwrap
 
@@ -231,7 +232,8 @@ def recipe(
     kinds = (kind,) if isinstance(kind, str) else kind or ()
     m = re.fullmatch(r'(\w+)\s*(?:\((.*)\))?', str(text).strip())
     if not m or m[1] not in rule_names(*kinds):
-        raise ValueError(f"{name} {text!r} is unknown: choose one of "
+        near = get_close_matches(m[1] if m else str(text), rule_names(*kinds), 1)
+        raise ValueError(f"{name} {text!r} is unknown{f', did you mean {near[0]!r}?' if near else ''}: choose one of "
             f"{', '.join(map(repr, rule_names(*kinds)))}, with settings in parentheses")
     found,r = {},rules[m[1]]
     for part in filter(None, map(str.strip, (m[2] or '').split(','))):

@@ -9,6 +9,7 @@ __all__ = ['resolve_of', 'scan']
 
 # %% ../nbs/20_scan.ipynb #00000003
 import numpy as np, pandas as pd
+from functools import partial
 from math import hypot
 from .arithmetic import number_types, storage, widen
 from .checkpoint import Checkpoint
@@ -95,6 +96,7 @@ def scan(
     heads:list=None, # Prefixes of task heads, which the base may lack; None goes by the usual names
     n_workers:int=None, # Layers measured side by side; by default one per core
     progress:bool=True, # Show a progress bar
+    seen=None, # Is called with name, number of the matrix, `Matrix` and what the estimator gave of it
 ) -> pd.DataFrame: # One row per tensor: name, unit, role, shape, snr, more of `measure`, estimator, of, layout, matrices
     "Measure every matrix of a model, several of one tensor each by itself. Raises what `Checkpoint`, `measure` and `resolve_of` raise"
     what = recipe(estimator, 'estimator', 'estimator')
@@ -109,7 +111,7 @@ def scan(
     if base: names = [k for k in names if _comparable(k, infos, base, units.role[k])]
     if not names: raise ValueError(f"{model.label} holds no matrix to measure")
     jobs = sorted(names, key=lambda k: -infos[k].numel*min(laid[k].matrix))
-    def one(k): return _pooled([measure(_matrix(k, model, base, laid[k], i), what.text, k)
+    def one(k): return _pooled([measure(_matrix(k, model, base, laid[k], i), what.text, k, seen and partial(seen, k, i))
         for i in range(laid[k].count)])
     found = map_single_threaded(one, jobs, n_workers or n_cores())
     rows = dict(zip(jobs, Bar(found, total=len(jobs), desc='scan', unit='layer',
