@@ -149,13 +149,20 @@ def _caption(scores):
         "whiskers: 95 % Wilson intervals.")
 
 # %% ../nbs/90_explore.ipynb #00000017
+_measured = ['task','accuracy','lo','hi','n','seed']
+
 def plot_choice(
     table:pd.DataFrame, # From `decide`
-    scores:pd.DataFrame, # task, accuracy, lo, hi, n, seed; no rows where nothing was measured
-    experts:dict, # `{task: accuracy of its expert}`
+    scores:pd.DataFrame=None, # task, accuracy, lo, hi, n, seed; no rows where nothing was measured
+    experts:dict=None, # `{task: accuracy of its expert}`
     before:pd.DataFrame=None, # `decide` of the setting shown before, to mark what changed
 ) -> Figure: # Layers on the left, accuracy on the right
-    "What each layer is made of, why, and how accurate the merge is"
+    "What each layer is made of, why, and how accurate the merge is. Raises `ValueError` without the experts' accuracies"
+    if lost := [t for t in _tasks(table) if t not in (experts or {})]:
+        raise ValueError(f"experts say nothing of {', '.join(lost)}: pass {{task: accuracy}}, and measured rows; a plan alone draws itself, plan.plot()")
+    if scores is None or not len(scores): scores = pd.DataFrame(columns=_measured)
+    if lost := [k for k in _measured if k not in scores]:
+        raise ValueError(f"scores lack {lost}: pass rows of a measured merge, or none of them")
     fig = Figure(figsize=(9.6, 5.4), dpi=60)
     fig.set_layout_engine('constrained', rect=(0, .04, 1, .96))
     grid = fig.add_gridspec(2, 2, width_ratios=[3.2,1], height_ratios=[1.15,1])

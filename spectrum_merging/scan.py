@@ -18,6 +18,7 @@ from .matrices import flat_layout, layouts
 from .names import align
 from .parallel import Bar, map_single_threaded, n_cores
 from .rules import recipe
+from .shown import html_table
 from .spectrum import Matrix, matrix
 from .units import find_units
 
@@ -71,6 +72,16 @@ def _pooled(found):
         return float(np.mean(values)) if isinstance(values[0], (int, float, np.number)) else values[0]
     return {k: pool(k, [o[k] for o in found]) for k in found[0]}
 
+# %% ../nbs/20_scan.ipynb #5ca70001
+class Scan(pd.DataFrame):
+    "What `scan` found; a table that is made from it is a plain `DataFrame`"
+    @property
+    def _constructor(self): return pd.DataFrame
+    def _repr_html_(self):
+        how = [' and '.join(dict.fromkeys(map(str, self[k]))) for k in ('of','estimator') if k in self]
+        said = [f"SNR of {' by '.join(how) or 'matrices'}: {len(self)} tensors", *self.attrs.get('notes', [])]
+        return html_table(self.drop(columns=['unit','of','estimator'], errors='ignore'), '; '.join(said))
+
 # %% ../nbs/20_scan.ipynb #00000008
 def _comparable(name, infos, base, role):
     "Whether the base has this tensor; a head may be missing there or have other classes"
@@ -116,7 +127,7 @@ def scan(
     found = map_single_threaded(one, jobs, n_workers or n_cores())
     rows = dict(zip(jobs, Bar(found, total=len(jobs), desc='scan', unit='layer',
         disable=not progress, leave=False)))
-    res = pd.DataFrame([dict(name=k, unit=units.unit[k], role=units.role[k], shape=infos[k].shape,
+    res = Scan([dict(name=k, unit=units.unit[k], role=units.role[k], shape=infos[k].shape,
         **rows[k], estimator=what.text, of=of, layout=laid[k].kind+'?'*(not laid[k].sure),
         matrices=laid[k].count) for k in names])
     res.attrs['notes'] = [*model.notes, *(base.notes if base else ())] # what was decided by a guess

@@ -55,7 +55,7 @@ def test_entry_points():
 def test_wheel_holds_all_modules(tmp_path):
     names,meta = wheel(root, tmp_path)
     have = {o for o in names if o.startswith('spectrum_merging/')}
-    assert have=={o.relative_to(root).as_posix() for o in (root/'spectrum_merging').rglob('*.py')}
+    assert have=={o.relative_to(root).as_posix() for o in (root/'spectrum_merging').rglob('*.py')} | {'spectrum_merging/py.typed'}
     assert meta.get_all('Project-URL') is None
     assert meta.get_payload().strip()==(root/'README.md').read_text(encoding='utf-8').strip()
 
