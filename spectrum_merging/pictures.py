@@ -81,8 +81,8 @@ def shown_name(
     name:str, # Of a tensor, a layer or a model
     most:int=_letters, # How many letters there is room for
 ) -> str:
-    "A name as matplotlib may write it: no formula between dollars, none left out for its first letter, the end kept"
-    text = name if len(name)<=most else '…'+name[1-most:]
+    "A name as matplotlib may write it: no formula between dollars, none left out for its first letter, both ends kept"
+    text = name if len(name)<=most else name[:most//3]+'…'+name[most//3+1-most:]
     return ' '*(text[:1]=='_')+text.replace('$', r'\$')
 
 def figure_of(
@@ -133,7 +133,7 @@ def name_layers(
     "Label layers, every so many where there are too many"
     step = -(-len(names)//_labels)
     short = _common(list(map(str, names)))
-    ax.set_xticks(np.arange(len(names))[::step], [shown_name(o, 26) for o in short[::step]], rotation=90, fontsize=8)
+    ax.set_xticks(np.arange(len(names))[::step], [shown_name(o, 26) for o in short[::step]], rotation=90, fontsize=7)
     ax.set_xlim(-.7, len(names)-.3)
 
 def draw_snrs(
@@ -233,14 +233,15 @@ def plot_plan(
     if snrs is None: snrs = rows.reindex(columns=own).set_axis(list(models), axis=1)
     else: snrs = snrs.reindex(rows.unit)
     known = bool(snrs.notna().to_numpy().any())
-    fig,(top,*rest) = figure_of(4.4, (.75, 3.05, 6.9, 1.05), (.75, 1.35, 6.9, 1.5)) if known else figure_of(2.9, (.75, 1.35, 6.9, 1.2))
+    wide = .75,1.45,6.6
+    fig,(top,*rest) = figure_of(4.4, (*wide[:1], 3.1, wide[2], 1.), (*wide, 1.45)) if known else figure_of(3., (*wide, 1.2))
     draw_coefs(top, rows, models, changed)
     for ax in rest:
         draw_snrs(ax, snrs, rows[list(models)].to_numpy(float) if rows.op.eq('linear').all() else None, cut)
         top.set(xlim=(-.7, len(rows)-.3), xticks=[])
     name_layers(fig.axes[-1], list(rows.name))
     found = {k: h for ax in fig.axes for h,k in zip(*ax.get_legend_handles_labels())}
-    top.legend(found.values(), found.keys(), loc='upper left', bbox_to_anchor=(1.01, 1.05), frameon=False, fontsize=9)
+    top.legend(found.values(), found.keys(), loc='upper left', bbox_to_anchor=(1.01, 1.05), frameon=False, fontsize=8)
     if title: top.set_title(shown_name(title, 90), fontsize=10)
     return fig
 
@@ -274,19 +275,19 @@ def plot_layer(
     note='', # Below it
 ) -> Figure:
     "One layer: the spectra of all sources with law, edge and spikes, and the directions that they share"
-    wide = 3.1 if len(parts)>1 else 7.2
-    rects = []
-    for i in range(len(parts)): rects += [(.6+4.85*i, .75, wide-.35, 1.95),(.6+4.85*i+wide+.45, 1.45, .95, .95)]
-    fig,axs = figure_of(3.2, *rects)
+    wide,rects = (2.6 if len(parts)>1 else 7.1),[]
+    for i in range(len(parts)): rects += [(.5+4.75*i, .75, wide, 1.85),(.5+4.75*i+wide+.65, 1.3, .9, .9)]
+    fig,axs = figure_of(3.4, *rects)
     colors = {}
     for spectra,_ in parts.values():
         for k in spectra: colors.setdefault(k, '0.45' if k=='base' else f"C{sum(o!='base' for o in colors)}")
     for (of,(spectra,shared)),ax,square in zip(parts.items(), axs[::2], axs[1::2]):
         draw_spectra(ax, spectra, colors)
         ax.set_title(f'{of}: '+', '.join(f'{shown_name(k, 9)} {o.snr:.3g}' for k,o in list(spectra.items())[:4]), fontsize=9)
-        ax.legend(loc='upper right', frameon=False, fontsize=7)
         draw_overlaps(square, shared)
         square.set_title('same directions', fontsize=8)
-    fig.text(.01, .975, shown_name(title, 120), fontsize=10, va='top')
+    found = {k: h for ax in axs[::2] for h,k in zip(*ax.get_legend_handles_labels())}
+    fig.legend(found.values(), found.keys(), loc='upper right', ncols=9, frameon=False, fontsize=8, bbox_to_anchor=(1, .95))
+    fig.text(.01, .985, shown_name(title, 120), fontsize=10, va='top')
     if note: fig.text(.01, .015, shown_name(note, 190), fontsize=8, color='0.35')
     return fig
