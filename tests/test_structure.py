@@ -13,16 +13,16 @@ core = [k for k in files if not k.startswith('lab.') and k not in ('bench','cli'
 
 # A room imports only from floors below its own.
 floors = [
-    ['rules','arithmetic','factors','files','patterns','parallel','matrices','batches','evaluate','plot'],
+    ['rules','arithmetic','factors','files','patterns','parallel','matrices','batches','evaluate','plot','shown'],
     ['units','unlabelled','align','quantised','formats','stored','bounds'],
     ['spectrum','lowrank','strategies','activations','layout','pickles'],
     ['edges','adapter'],
-    ['checkpoint'],
+    ['checkpoint','pictures'],
     ['names','heads','beside'],
     ['operations','scan','preflight','repair','match'],
     ['plan','interop'],
-    ['chain','explore','stream'],
-    ['journal'],
+    ['chain','explore','stream','survey'],
+    ['journal','explorer'],
     ['folder'],
     ['merge','verify'],
     ['extract','fitted','own_data'],
