@@ -15,10 +15,9 @@ from pathlib import Path
 from scipy.linalg import eigh
 from .edges import default_estimator
 from .files import atomic, digest
-from .heads import task_heads
 from .pictures import overlaps, spectrum_of
 from .plan import make_plan, unit_snrs
-from .preflight import name_models, preflight
+from .preflight import open_models
 from .rules import recipe
 from .scan import scan
 from .spectrum import Spectrum, gram
@@ -71,15 +70,13 @@ class Survey:
         progress:bool=True, # Show a progress bar while measuring
     ):
         "Open and compare them. Raises what `make_plan` raises before any measuring"
-        self.given,self.given_base,self.heads = models,base,heads
+        self.given,self.given_base,self.heads = models,base,heads # as they were given
         self.folder = None if folder is None else Path(folder)
         self.how = dict(n_workers=n_workers, progress=progress)
-        self.models,self.base = name_models(models, base)
-        if len(self.models)<2: raise ValueError(f"{len(self.models)} model(s) given: a merge needs 2 or more")
-        self.opened = self.models if isinstance(models, dict) else list(self.models.values())
-        found = task_heads(self.models, self.base, isinstance(models, dict)) if heads is None else None
         # As a plan of updates would be refused, and so before anything is measured
-        self.units = preflight(self.models, self.base, found or heads)
+        self.opened = open_models(models, base, heads)
+        self.models,self.base,self.units = self.opened.models,self.opened.base,self.opened.units
+        if len(self.models)<2: raise ValueError(f"{len(self.models)} model(s) given: a merge needs 2 or more")
         self.found,self.plans = {},{}
 
     @property
@@ -106,7 +103,7 @@ def plan(self:Survey,
     of = of or self.kinds[0]
     how = dict(estimator=estimator, of=of, scans=self.measure(estimator, of).scans) if looks else {}
     while len(self.plans)>=_kept_plans: self.plans.pop(next(iter(self.plans)))
-    self.plans[key] = make_plan(strategy, self.opened, self.base, heads=self.heads, **how, **cut)
+    self.plans[key] = make_plan(strategy, self.opened, **how, **cut)
     return self.plans[key]
 
 @patch
