@@ -11,10 +11,12 @@ __all__ = ['Found', 'strongest', 'Survey']
 import json, numpy as np, pandas as pd
 from dataclasses import dataclass, fields
 from fastcore.basics import patch
+from functools import cached_property
 from pathlib import Path
 from scipy.linalg import eigh
+from . import __version__
 from .edges import default_estimator
-from .files import atomic, digest
+from .files import atomic, digest, known_sha256, user_path
 from .pictures import overlaps, spectrum_of
 from .plan import make_plan, unit_snrs
 from .preflight import open_models
@@ -22,6 +24,7 @@ from .rules import recipe
 from .scan import scan
 from .spectrum import Spectrum, gram
 from .units import is_head
+from zipfile import BadZipFile
 
 # %% ../nbs/88_survey.ipynb #00000006
 # As many directions as most updates have above their noise; more would compare noise with noise
@@ -58,6 +61,12 @@ class _Watch:
         self.spectra[name, i],self.vectors[name, i] = s,strongest(M)
 
 # %% ../nbs/88_survey.ipynb #0000000a
+def _hashes(src, model):
+    "`[name, SHA-256]` of a model's weights and of the settings beside them"
+    folders = {user_path(src), *(o.parent for o in model.files)}
+    beside = [p for d in folders for kind in ('*config*.json','*.index.json') for p in d.glob(kind) if p.is_file()]
+    return sorted([p.name, h] for p,h in known_sha256(list({*model.files, *beside})).items())
+
 class Survey:
     "Models that can be merged, and all that is measured of them"
     def __init__(self,
@@ -65,7 +74,7 @@ class Survey:
         base=None, # The model that they were fine-tuned from
         *,
         heads:list=None, # Prefixes of task heads; None finds them, [] merges them like everything else
-        folder=None, # Where measurements are kept for the next time; a folder of this user alone
+        folder=None, # Where measurements of models on disk are kept for the next time; a folder of this user alone
         n_workers:int=None, # Matrices measured side by side; by default one per core
         progress:bool=True, # Show a progress bar while measuring
     ):
@@ -77,12 +86,20 @@ class Survey:
         self.opened = open_models(models, base, heads)
         self.models,self.base,self.units = self.opened.models,self.opened.base,self.opened.units
         if len(self.models)<2: raise ValueError(f"{len(self.models)} model(s) given: a merge needs 2 or more")
-        self.found,self.plans = {},{}
+        self.found,self.plans,self.by_unit = {},{},{}
 
     @property
     def kinds(self): return ['weights'] if self.base is None else ['update','weights']
     @property
     def names(self): return list(self.models)
+
+    @cached_property
+    def contents(self):
+        "What all files of all models hold, in one word; None where a model is in memory, and so is measured again"
+        given = [*(self.given.values() if isinstance(self.given, dict) else self.given), *[self.given_base]*(self.base is not None)]
+        if not all(isinstance(o, (str, Path)) for o in given): return None
+        opened = [*self.models.values(), *[self.base]*(self.base is not None)]
+        return digest(__version__, self.names, self.heads, [_hashes(*o) for o in zip(given, opened)])
 
 # %% ../nbs/88_survey.ipynb #0000000c
 # As many as anybody goes back to
@@ -113,7 +130,48 @@ def snrs(self:Survey,
 ) -> pd.DataFrame: # (K, N) by unit
     "SNR of each layer in each model, whether a strategy looks at it or not"
     found = self.measure(estimator, of or self.kinds[0])
-    return unit_snrs(self.units, next(iter(self.models.values())).infos, {m: df.set_index('name').snr for m,df in found.scans.items()})
+    if id(found) not in self.by_unit: self.by_unit[id(found)] = unit_snrs(self.units, next(iter(self.models.values())).infos,
+        {m: df.set_index('name').snr for m,df in found.scans.items()})
+    return self.by_unit[id(found)]
+
+# %% ../nbs/88_survey.ipynb #00000016
+_numbers = [o.name for o in fields(Spectrum) if o.name not in ('eigs','theta')]
+
+@patch
+def _file(self:Survey, estimator, of):
+    if not (self.folder and self.contents): return None
+    return self.folder/f"{digest(self.contents, estimator, recipe(estimator, 'estimator').version, of)}.npz"
+
+def _write(path, found):
+    "Arrays and plain values, no code"
+    flat = [(s, k, o) for s,all_ in found.spectra.items() for k,o in all_.items()]
+    said = dict(law=found.law, spectra=[[s, k, {n: getattr(o, n) for n in _numbers}] for s,k,o in flat],
+        scans={m: [list(df), df.to_numpy(object).tolist(), df.attrs] for m,df in found.scans.items()},
+        shared=[[k, list(o), o.to_numpy().tolist()] for k,o in found.shared.items()])
+    arrays = {f'{n}{i}': getattr(o, n) for i,(_,_,o) in enumerate(flat) for n in ('eigs','theta')}
+    text = json.dumps(said, default=lambda v: v.item())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as tmp, open(tmp, 'wb') as f: np.savez(f, said=np.frombuffer(text.encode(), 'u1'), **arrays)
+
+def _scan(columns, rows, attrs):
+    "A scan as it was"
+    df = pd.DataFrame(rows, columns=columns)
+    df['shape'] = [tuple(o) for o in df['shape']]
+    df.attrs.update(attrs)
+    return df
+
+def _read(path, names):
+    "What `_write` wrote, or None where it is not there, damaged or of other models"
+    try: return _loaded(path, names)
+    except (OSError, ValueError, KeyError, TypeError, BadZipFile): return None
+
+def _loaded(path, names):
+    with np.load(path, allow_pickle=False) as z:
+        said,spectra = json.loads(z['said'].tobytes().decode()),{}
+        for i,(s,k,o) in enumerate(said['spectra']): spectra.setdefault(s, {})[k] = Spectrum(eigs=z[f'eigs{i}'], theta=z[f'theta{i}'], **o)
+    if list(said['scans'])!=names: return None
+    return Found({m: _scan(*o) for m,o in said['scans'].items()}, spectra,
+        {k: pd.DataFrame(v, names, names) for k,names,v in said['shared']}, said['law'])
 
 # %% ../nbs/88_survey.ipynb #0000000e
 def _heads(units):
@@ -134,7 +192,7 @@ def measure(self:Survey,
     estimator,of = recipe(estimator, 'estimator', 'estimator').text,of or self.kinds[0]
     if of not in self.kinds: raise ValueError(f"of is {of!r}: choose {' or '.join(map(repr, self.kinds))}" + "; an update needs a base"*(of=='update'))
     if (estimator, of) not in self.found:
-        kept = self.folder and _read(self._file(estimator, of), self.names)
+        kept = self._file(estimator, of) and _read(self._file(estimator, of), self.names)
         self.found[estimator, of] = kept or self._measured(estimator, of)
     return self.found[estimator, of]
 
@@ -149,38 +207,5 @@ def _measured(self:Survey, estimator, of):
     spectra = {s: _labelled(o.spectra, scans[s]) for s,o in watched.items()}
     shared = _labelled(_shared(watched), next(iter(scans.values())))
     res = Found({m: scans[m] for m in self.models}, spectra, shared, next((o.said for o in watched.values() if o.said), ''))
-    if self.folder: _write(self._file(estimator, of), res)
+    if self._file(estimator, of): _write(self._file(estimator, of), res)
     return res
-
-# %% ../nbs/88_survey.ipynb #00000016
-_numbers = [o.name for o in fields(Spectrum) if o.name not in ('eigs','theta')]
-
-@patch
-def _file(self:Survey, estimator, of): return self.folder/f'{digest(estimator, of)}.npz'
-
-def _write(path, found):
-    "Arrays and plain values, no code"
-    flat = [(s, k, o) for s,all_ in found.spectra.items() for k,o in all_.items()]
-    said = dict(law=found.law, spectra=[[s, k, {n: getattr(o, n) for n in _numbers}] for s,k,o in flat],
-        scans={m: [list(df), df.to_numpy(object).tolist(), df.attrs] for m,df in found.scans.items()},
-        shared=[[k, list(o), o.to_numpy().tolist()] for k,o in found.shared.items()])
-    arrays = {f'{n}{i}': getattr(o, n) for i,(_,_,o) in enumerate(flat) for n in ('eigs','theta')}
-    text = json.dumps(said, default=lambda v: v.item())
-    with atomic(path) as tmp, open(tmp, 'wb') as f: np.savez(f, said=np.frombuffer(text.encode(), 'u1'), **arrays)
-
-def _scan(columns, rows, attrs):
-    "A scan as it was"
-    df = pd.DataFrame(rows, columns=columns)
-    df['shape'] = [tuple(o) for o in df['shape']]
-    df.attrs.update(attrs)
-    return df
-
-def _read(path, names):
-    "What `_write` wrote, or None where it is not there or of other models"
-    if not path.is_file(): return None
-    with np.load(path, allow_pickle=False) as z:
-        said,spectra = json.loads(z['said'].tobytes().decode()),{}
-        for i,(s,k,o) in enumerate(said['spectra']): spectra.setdefault(s, {})[k] = Spectrum(eigs=z[f'eigs{i}'], theta=z[f'theta{i}'], **o)
-    if list(said['scans'])!=names: return None
-    return Found({m: _scan(*o) for m,o in said['scans'].items()}, spectra,
-        {k: pd.DataFrame(v, names, names) for k,names,v in said['shared']}, said['law'])
