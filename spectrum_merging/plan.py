@@ -17,8 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from . import __version__, operations # whose rules add themselves
 from .files import atomic, csv_cells, free_file, read_text
-from .heads import task_heads
-from .preflight import guesses, name_models, plan_settings, preflight, row_columns
+from .preflight import Opened, name_models, open_models, plan_settings, row_columns
 from .rules import Recipe, recipe, rules
 from .shown import html_table
 from .edges import default_estimator
@@ -321,7 +320,7 @@ def _note(what, scale, estimator, of, threshold, top, cut):
 # %% ../nbs/40_plan.ipynb #0000001a
 def make_plan(
     strategy:str, # A rule of kind 'layer' or 'matrix': 'snr_winner', 'lines(slope=1)', 'tsv_m' …
-    models, # List of models, or `{task: model}`; each anything `Checkpoint` opens
+    models, # List of models, or `{task: model}`, each anything `Checkpoint` opens; or what `open_models` gives
     base=None, # The model that they were fine-tuned from
     *,
     scale:float=None, # λ of updates; by default 1 for operations on updates, else 1 / number of models
@@ -338,19 +337,20 @@ def make_plan(
 ) -> Plan:
     "Decide every tensor. Raises `ValueError` (`TypeError` for a lone path) before any merging"
     if isinstance(models, (str, Path)): name_models(models)
-    named = isinstance(models, dict)
-    what,paper = recipe(strategy, ('layer','matrix'), 'strategy'),protocol=='paper'
-    r = what.rule
+    what,paper,ready = recipe(strategy, ('layer','matrix'), 'strategy'),protocol=='paper',isinstance(models, Opened)
+    if ready and (paper or not base is heads is out is files_from is None): raise ValueError("the models are opened: give base, "
+        "heads and files_from to open_models, and models as they are for protocol='paper' or out=")
+    r,opened = what.rule,models if ready else None
+    if ready: models,base = opened.models,opened.base
     check_options(what, len(models), base, protocol=protocol, heads=heads, scale=scale,
         estimator=estimator, of=of, threshold=threshold, top=top)
     estimator = recipe(estimator or default_estimator, 'estimator', 'estimator').text
     if r.asks('snr', 'hi'):
         from spectrum_merging.scan import resolve_of
         of = 'weights' if paper and of is None else resolve_of(of, base)
-    models,base = name_models(models, base)
+    opened = opened or open_models(models, base, [] if paper else heads, out, files_from, r.base or of=='update')
+    models,base,units = opened.models,opened.base,opened.units.copy()
     names,first = list(models),next(iter(models.values()))
-    found = task_heads(models, base, named) if heads is None and not paper else None
-    units = preflight(models, base if r.base or of=='update' else None, [] if paper else found or heads, out, files_from)
     if r.scaled: # tied tensors are treated as what they are tied to
         if scale is None: scale = 1. if r.kind=='matrix' and r.adds else 1/len(models)
         units['role'] = [o if o=='head' else units.role.get(first.aliases.get(k), o)
@@ -363,11 +363,11 @@ def make_plan(
         said = decide_layers(what, layers, names, snrs, scale=scale, threshold=threshold, top=top,
             paper=paper)
     leader = {k: first.aliases.get(k, k) for k in units.index} if paper else None
-    table = plan_table(units, first.infos, names, what, said, scale, leader, bool(found and found.pooled))
+    table = plan_table(units, first.infos, names, what, said, scale, leader, bool(opened.heads and opened.heads.pooled))
     if unfit: table = table.assign(unfit=[', '.join(m for m in unfit if k in unfit[m]) for k in table.name])
     return Plan(table, dict(models=names, strategy=what.text, protocol=protocol, version=__version__)
         | ({'unfit': {m: len(o) for m,o in unfit.items()}} if unfit else {})
-        | dict(notes=guesses(models, base, found, units)) | _note(what, scale, estimator, of, threshold, top, said and said.cut))
+        | dict(notes=opened.notes) | _note(what, scale, estimator, of, threshold, top, said and said.cut))
 
 # %% ../nbs/40_plan.ipynb #0000f022
 update_plan = make_plan # Where the strategy is an operation on updates
