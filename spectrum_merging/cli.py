@@ -151,7 +151,7 @@ def _dry(plan, models, base, out, dtype, files_from, fitted, as_adapter):
     print(shown(made.groupby(['unit','takes','reason'], sort=False).tensors.sum().reset_index().to_string(index=False)))
     if not fitted: n = check_merge(plan, models, base, None if as_adapter else out, dtype=dtype, files_from=files_from)
     say('nothing is written' + f'; a merge has {len(plan.table)} tensors'
-        + ('' if fitted else f' and {n/1e9:.3g} GB') + '; their numbers are looked at when they are merged')
+        + ('' if fitted else f' and {n/1e6:,.1f} MB') + '; their numbers are looked at when they are merged')
 
 def _summary(plan):
     "How many tensors each mixture gets"
@@ -309,7 +309,7 @@ def compare_cli(
     say(f"report, table, figure and the best merge are in {out}; load_model('{out}/merged', task) opens it")
 
 # %% ../nbs/95_cli.ipynb #00000013
-@command('spectrum-bench sweep --repeats 1')
+@command('spectrum-bench engine --gigabytes 0.1 --repeats 1')
 def bench_cli(
     what:Annotated[str, "What to measure",
         dict(choices=['engine','memory','scan','scan-memory','sweep','all'])],
