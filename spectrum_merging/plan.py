@@ -18,7 +18,7 @@ from pathlib import Path
 from . import __version__, operations # whose rules add themselves
 from .files import atomic, csv_cells, free_file, read_text
 from .preflight import Opened, name_models, open_models, plan_settings, row_columns
-from .rules import Recipe, recipe, rules
+from .rules import Estimator, Recipe, Strategy, recipe, rules
 from .shown import html_table
 from .edges import default_estimator
 from .strategies import check_cut, cut_value
@@ -319,12 +319,12 @@ def _note(what, scale, estimator, of, threshold, top, cut):
 
 # %% ../nbs/40_plan.ipynb #0000001a
 def make_plan(
-    strategy:str, # A rule of kind 'layer' or 'matrix': 'snr_winner', 'lines(slope=1)', 'tsv_m' …
+    strategy:'Strategy|str', # A rule of kind 'layer' or 'matrix': 'snr_winner', 'lines(slope=1)', 'tsv_m' …
     models, # List of models, or `{task: model}`, each anything `Checkpoint` opens; or what `open_models` gives
     base=None, # The model that they were fine-tuned from
     *,
     scale:float=None, # λ of updates; by default 1 for operations on updates, else 1 / number of models
-    estimator:str=None, # A rule of kind 'estimator'; by default `default_estimator`
+    estimator:'Estimator|str'=None, # A rule of kind 'estimator'; by default `default_estimator`
     of:str=None, # 'weights' or 'update'; by default the update with a base, weights for 'paper'
     threshold:float=None, # SNR to pass
     top:float=None, # Share of layers to pass, in %; 50 where neither is given

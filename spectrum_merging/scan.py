@@ -17,7 +17,7 @@ from .edges import default_estimator, measure
 from .matrices import flat_layout, layouts
 from .names import align
 from .parallel import Bar, map_single_threaded, n_cores
-from .rules import recipe
+from .rules import Estimator, recipe
 from .shown import html_table
 from .spectrum import Matrix, matrix
 from .units import find_units
@@ -102,7 +102,7 @@ def scan(
     model, # Anything `Checkpoint` opens
     base=None, # The model it was fine-tuned from, likewise
     *,
-    estimator:str=default_estimator, # A rule of kind 'estimator', see `edges`
+    estimator:'Estimator|str'=default_estimator, # A rule of kind 'estimator', see `edges`
     of:str=None, # 'weights' or 'update'; by default the update where there is a base
     heads:list=None, # Prefixes of task heads, which the base may lack; None goes by the usual names
     n_workers:int=None, # Layers measured side by side; by default one per core

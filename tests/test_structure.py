@@ -9,7 +9,7 @@ from spectrum_merging.rules import rules
 root = Path(__file__).parent.parent
 lib,nbs = root/'spectrum_merging',root/'nbs'
 files = {'.'.join(p.relative_to(lib).with_suffix('').parts): p for p in sorted(lib.rglob('*.py')) if p.name[0]!='_'}
-core = [k for k in files if not k.startswith('lab.') and k not in ('bench','cli')]
+core = [k for k in files if not k.startswith('lab.') and k not in ('bench','cli','command')]
 
 # A room imports only from floors below its own.
 floors = [
@@ -41,7 +41,7 @@ floors = [
     ['lab.findings'],
     ['lab.run'],
     ['lab.lessons'],
-    ['bench'],
+    ['bench','command'],
     ['cli']]
 floor = {room: i for i,rooms in enumerate(floors) for room in rooms}
 
@@ -71,11 +71,12 @@ def imports(room):
     return found
 
 def unsaid(node):
-    "What stands in a node without being an act: docstrings, default values of arguments and classes, `__all__`"
+    "What stands in a node without being an act: docstrings, default values of arguments and classes, `__all__`, types"
     if isinstance(node, ast.Expr): return [node.value]
     if isinstance(node, ast.FunctionDef): return [*node.args.defaults, *node.args.kw_defaults]
     if isinstance(node, ast.ClassDef): return [o.value for o in node.body if isinstance(o, (ast.Assign, ast.AnnAssign))]
     if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '')=='__all__': return [node.value]
+    if isinstance(node, ast.Subscript) and getattr(node.value, 'id', '')=='Literal': return [node.slice]
     return []
 
 def strings(room):
