@@ -6,9 +6,10 @@ Docs: nbs/94_all.ipynb"""
 
 # %% auto #0
 __all__ = ['Checkpoint', 'compare', 'default_estimator', 'measure', 'shrink', 'snr', 'extract', 'merge_adapter', 'merge_fitted',
-           'to_mergekit', 'match_heads', 'match_layers', 'load_model', 'load_task', 'merge', 'task_state', 'plot_scan',
-           'plot_spectrum', 'Plan', 'make_plan', 'picture', 'reestimate_bn', 'repair_channels', 'Choice', 'Range',
-           'recipe', 'rule', 'rule_names', 'rules', 'scan', 'Spectrum', 'spectrum', 'verify']
+           'push_to_hub', 'to_mergekit', 'match_heads', 'match_layers', 'load_model', 'load_task', 'merge',
+           'task_state', 'plot_scan', 'plot_spectrum', 'Plan', 'make_plan', 'picture', 'reestimate_bn',
+           'repair_channels', 'Choice', 'Range', 'recipe', 'rule', 'rule_names', 'rules', 'scan', 'Spectrum',
+           'spectrum', 'verify']
 
 # %% ../nbs/94_all.ipynb #00000003
 from .checkpoint import Checkpoint
@@ -16,6 +17,7 @@ from .compare import compare
 from .edges import default_estimator, measure, shrink, snr
 from .extract import extract, merge_adapter
 from .fitted import merge_fitted
+from .hub import push_to_hub
 from .interop import to_mergekit
 from .match import match_heads, match_layers
 from .merge import load_model, load_task, merge, task_state
@@ -30,7 +32,7 @@ from .verify import verify
 
 # %% ../nbs/94_all.ipynb #00000004
 _all_ = ['Checkpoint', 'compare', 'default_estimator', 'measure', 'shrink', 'snr', 'extract', 'merge_adapter',
-    'merge_fitted', 'to_mergekit', 'match_heads', 'match_layers', 'load_model', 'load_task', 'merge',
+    'merge_fitted', 'push_to_hub', 'to_mergekit', 'match_heads', 'match_layers', 'load_model', 'load_task', 'merge',
     'task_state', 'plot_scan', 'plot_spectrum', 'Plan', 'make_plan', 'picture', 'reestimate_bn',
     'repair_channels', 'Choice', 'Range', 'recipe', 'rule', 'rule_names', 'rules', 'scan', 'Spectrum',
     'spectrum', 'verify']

@@ -170,6 +170,16 @@ def _merged(plan, models, base, out, repair, inputs, text, as_adapter, work, dty
     say(f'{_summary(plan)}\nwritten to {out}; the decision for each tensor is in {out}/plan.csv')
     for o in loading(plan, models, base, files['files_from'], out): say(o)
 
+# %% ../nbs/95_cli.ipynb #5ca70022
+def _may_push(repo):
+    "Before hours of work: whether the name is one, and the hub knows us"
+    from spectrum_merging.hub import check_login
+    with usage(): check_login(repo)
+
+def _push(out, repo):
+    from spectrum_merging.hub import push_to_hub
+    say(f'published at {push_to_hub(out, repo, say=say)}')
+
 # %% ../nbs/95_cli.ipynb #0000000b
 @command('spectrum-merge mood=mood/ topic=topic/ --base base/ --strategy snr_winner --top 30 --out merged/',
     strategy=_strategy, estimator=_estimator, repair=_repair)
@@ -197,6 +207,7 @@ def merge_cli(
     text:Annotated[str, "Column of the texts, for all or NAME=COLUMN; guessed by default", dict(nargs='+')]=None,
     dry_run:bool=False, # Show the plan and what is wrong, write no model
     save_plan:str=None, # CSV file for the plan, to be read, edited and run with --plan
+    push_to_hub:str=None, # Repository owner/name, private where it is made, that the result is sent to
     list:Annotated[bool, "Show strategies, operations and estimators, and end", dict(action=_List)]=False,
 ):
     "Merge models by the signal-to-noise ratio of their layers; if interrupted, rerun to continue"
@@ -209,6 +220,7 @@ def merge_cli(
     from spectrum_merging.files import free_file
     from spectrum_merging.merge import check_out
     if save_plan: free_file(save_plan, remedy='choose another name')
+    if push_to_hub: _may_push(push_to_hub)
     if out: check_out(out, [*(models.values() if isinstance(models, dict) else models), base])
     if repair or inputs: _look(models, base, repair, inputs, text)
     table = _planned(plan, save_plan, models, base, strategy, how, out, files_from)
@@ -216,6 +228,7 @@ def merge_cli(
     if dry_run: return _dry(table, models, base, out, dtype, files_from, bool(inputs), as_adapter)
     _merged(table, models, base, out, repair, inputs, text, as_adapter, dict(n_workers=workers, progress=bars()),
         dict(dtype=dtype), dict(shard_size=shard_size, files_from=files_from))
+    if push_to_hub: _push(out, push_to_hub)
 
 # %% ../nbs/95_cli.ipynb #ada00001
 @command('spectrum-extract mood/ --base base/ --out mood-adapter/', estimator=_estimator)

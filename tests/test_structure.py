@@ -24,7 +24,7 @@ floors = [
     ['chain','explore','stream','survey'],
     ['journal','explorer'],
     ['folder'],
-    ['merge','verify'],
+    ['merge','verify','hub'],
     ['extract','fitted','own_data'],
     ['classifiers','judged'],
     ['compare'],
