@@ -75,7 +75,7 @@ class Plan:
             for r in self.table.to_dict('records'))
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
-    explain:Callable; diff:Callable; save:Callable; load:Callable # patched in below
+    explain:Callable; diff:Callable; save:Callable; load:'Callable[..., Plan]' # patched in below
 
     def plot(self):
         "What each layer is made of, and the SNRs that decided (see `plot_plan`)"

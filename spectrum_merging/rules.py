@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property, wraps
 from inspect import Parameter, signature, unwrap
-from typing import Literal
+from typing import Literal, TypeVar
 
 # %% ../nbs/12_rules.ipynb #00000007
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ class Rule:
 
 # %% ../nbs/12_rules.ipynb #00000010
 rules = {} # `{name: Rule}`, in the order in which they are defined
+_F = TypeVar('_F', bound=Callable) # A function, which a decorator gives back
 
 def _checked(f, ranges):
     "`f`, which checks its settings first"
@@ -180,7 +181,7 @@ def rule(
     ranges:dict=None, # `{setting: Range or Choice}`; any finite number where nothing is said
     name:str=None, # How a text calls it; by default as the function is called
     **flags, # Of `Rule`
-) -> Callable: # Decorator
+) -> Callable[[_F], _F]: # Decorator
     "Add a function to `rules`. Raises `ValueError` for a name that is taken and what no text could use"
     if kind not in asked:
         raise ValueError(f"kind is {kind!r}: choose one of {', '.join(map(repr, asked))}")

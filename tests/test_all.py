@@ -2,8 +2,9 @@
 import ast, builtins, os, subprocess, sys
 from importlib import import_module
 from pathlib import Path
+from typing import get_args
 import numpy as np, pandas as pd, pytest, torch
-from spectrum_merging import all as everything
+from spectrum_merging import all as everything, rules
 from spectrum_merging.checkpoint import Checkpoint
 from spectrum_merging.edges import measure
 from spectrum_merging.explore import plot_choice
@@ -116,3 +117,77 @@ def test_kept_by_measure():
     found = []
     measure(np.eye(4)+1., 'mp', seen=lambda M, o: found.append((M.shape, o.n_spikes)))
     assert found[0][0]==(4, 4)
+
+# --- A type checker and an editor
+
+right = '''
+from spectrum_merging.all import *
+from spectrum_merging.rules import Recipe
+import pandas as pd
+ck = Checkpoint('x')
+for k in ck: ck.read(k)
+n: int = len(ck)
+p = make_plan('snr_winner', ['a', 'b'], 'c', top=50, estimator='mp')
+said = p.explain('w')
+p.plot().savefig('x.png')
+q: Plan = Plan.load(p.save('y.csv'))
+s: Spectrum = spectrum(ck.read('w'))
+edge: float = s.edge+s.snr
+table: pd.DataFrame = scan('a', 'c', estimator='mp')
+found: Recipe = recipe('ties(density=0.2)')
+merge(q, ['a','b'], 'c', 'out')
+compare(dict(a='a'), 'b', dict(a='x'), 'out', budget='1m')
+verify('out').ok.all()
+extract('a', 'b', 'c', rank=4)
+address: str = push_to_hub('out', 'me/x', private=False)
+@rule('layer')
+def mine(shape, slope=1.): return None
+'''
+wrong = '''
+from spectrum_merging.all import *
+make_plan(3, ['a'])
+make_plan('standard', ['a'], topp=3)
+make_plan('standard', ['a'], top='half')
+Plan.load('y').nothing
+x: str = spectrum([[1.]]).snr
+n: str = len(Checkpoint('x'))
+merge('plan', ['a','b'])
+push_to_hub('out')
+recipe('ties').txt
+Spectrum().zzz
+'''
+
+def test_type_checker(tmp_path):
+    "What is right passes, and each line that is wrong is found"
+    pytest.importorskip('mypy')
+    (tmp_path/'mypy.ini').write_text('[mypy]\nignore_missing_imports = True\nfollow_imports = silent\n'
+        + ''.join(f'[mypy-{o}.*]\nfollow_imports = skip\n' for o in ('torch','transformers','torchvision','scipy','matplotlib','sklearn','huggingface_hub','PIL','fastcore','datasets')))
+    def lines(name, text):
+        (tmp_path/f'{name}.py').write_text(text)
+        p = subprocess.run([sys.executable, '-m', 'mypy', '--config-file', 'mypy.ini', f'{name}.py'], capture_output=True, text=True, cwd=tmp_path,
+            env=os.environ|dict(MYPYPATH=str(lib.parent), MYPY_CACHE_DIR=str(tmp_path/'cache')))
+        assert p.returncode<2, p.stdout+p.stderr
+        return {int(o.split(':')[1]) for o in p.stdout.splitlines() if o.startswith(f'{name}.py:') and ' error: ' in o},p.stdout
+    found,said = lines('right', right)
+    assert not found, said
+    found,said = lines('wrong', wrong)
+    assert found=={*range(3, len(wrong.splitlines())+1)}, said
+
+def test_names_for_editors():
+    "Types list the rules that there are"
+    assert list(get_args(rules.Strategy))==rule_names('layer', 'matrix') and list(get_args(rules.Estimator))==rule_names('estimator')
+
+def test_rooms_are_called():
+    "A module of a function's name is that function when it is called"
+    from spectrum_merging import merge, rules, scan
+    assert scan({'a.weight': torch.randn(12, 20)}, progress=False).name.tolist()==['a.weight']
+    assert callable(merge) and not callable(rules) and scan.Scan is type(scan.scan({'a.weight': torch.randn(12, 20)}, progress=False))
+
+def test_question_mark():
+    "`f?` in IPython says what each argument is; `__doc__` stays one line"
+    getdoc = pytest.importorskip('IPython.core.oinspect').getdoc
+    text = getdoc(make_plan)
+    assert text.startswith('Decide every tensor') and 'threshold: SNR to pass' in text and len(make_plan.__doc__.splitlines())==1
+    assert 'returns: One line per tensor' in getdoc(everything.Plan.explain) and 'src: Module, mapping' in getdoc(Checkpoint.__init__)
+    for k in everything.__all__:
+        if callable(o := getattr(everything, k)): assert getdoc(o)
