@@ -185,3 +185,21 @@ def test_completion_elsewhere(tmp_path, shell):
         zsh='source ./c; print ${_comps[spectrum-merge]}')[shell]
     out = subprocess.run([shell, *(['-f'] if shell=='zsh' else ['--no-config']), '-c', ask], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
     assert ('snr_winner' in out and '--dry-run' in out) if shell=='fish' else '_spectrum' in out
+
+def test_wheel_alone(tmp_path):
+    "In an environment of its own the wheel brings all commands; they work from anywhere, without the repository"
+    from test_project import wheel
+    (tmp_path/'dist').mkdir()
+    wheel(root, tmp_path/'dist')
+    venv = tmp_path/'venv'
+    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', venv], check=True)
+    site = next((venv/'lib').glob('python*/site-packages'))
+    env = {k: v for k,v in os.environ.items() if k!='PYTHONPATH'}
+    subprocess.run([sys.executable, '-m', 'pip', '--python', venv/'bin/python', 'install', '-q', '--no-deps', '--no-index', next((tmp_path/'dist').glob('*.whl'))], check=True, env=env)
+    (site/'rest.pth').write_text('\n'.join(o for o in sys.path if o.endswith('site-packages'))) # what it requires
+    (tmp_path/'else').mkdir()
+    for name in commands:
+        said = subprocess.run([venv/'bin'/name, '--help'], capture_output=True, text=True, check=True, cwd=tmp_path/'else', env=env).stdout
+        assert example(name) in said
+    where = subprocess.run([venv/'bin/python', '-c', 'import spectrum_merging.all as o; print(o.__file__)'], capture_output=True, text=True, check=True, cwd=tmp_path/'else', env=env)
+    assert where.stdout.startswith(str(venv))
