@@ -260,11 +260,14 @@ def plot_plan(
 # %% ../nbs/86_pictures.ipynb #0000001d
 def overlaps(
     vectors:dict, # `{name: (m, k) orthonormal columns}`
-) -> pd.DataFrame: # (N, N), from 0 to 1
+) -> pd.DataFrame: # (N, N), from 0 to 1; attrs: chance
     "How much of one model's strongest directions another one has"
     def share(a, b): return float(((vectors[a].T@vectors[b])**2).sum()/min(vectors[a].shape[1], vectors[b].shape[1]))
     found = [share(a, b) for a,b in product(vectors, vectors)]
-    return pd.DataFrame(np.reshape(found, (len(vectors), -1)), list(vectors), list(vectors))
+    res = pd.DataFrame(np.reshape(found, (len(vectors), -1)), list(vectors), list(vectors))
+    m,k = next(iter(vectors.values())).shape
+    res.attrs['chance'] = k/m
+    return res
 
 def draw_overlaps(
     ax, # Axes
@@ -296,8 +299,11 @@ def plot_layer(
     for (of,(spectra,shared)),ax,square in zip(parts.items(), axs[::2], axs[1::2]):
         draw_spectra(ax, spectra, colors)
         ax.set_title(f'{of}: '+', '.join(f'{shown_name(k, 9)} {o.snr:.3g}' for k,o in list(spectra.items())[:4]), fontsize=9)
-        draw_overlaps(square, shared)
-        square.set_title('same directions', fontsize=8)
+        if shared is None: square.set_axis_off()
+        else:
+            draw_overlaps(square, shared)
+            chance = f"\n(by chance {shared.attrs['chance']:.2f})"*('chance' in shared.attrs)
+            square.set_title('same directions'+chance, fontsize=8)
     found = {k: h for ax in axs[::2] for h,k in zip(*ax.get_legend_handles_labels())}
     fig.legend(found.values(), found.keys(), loc='upper right', ncols=9, frameon=False, fontsize=8, bbox_to_anchor=(1, .95))
     fig.text(.01, .985, shown_name(title, 120), fontsize=10, va='top')
