@@ -287,7 +287,7 @@ def compare_cli(
 @_says_errors
 def bench_cli(
     what:Annotated[str, "What to measure",
-        dict(choices=['engine','memory','scan','scan-memory','sweep','all'])],
+        dict(choices=['engine','memory','scan','scan-memory','redraw','sweep','all'])],
     gigabytes:float=1.5, # Size of each model: 0.1, 1.5 or 6
     repeats:int=5, # How often each contestant runs
     folder:str=None, # Where the files go (12 GB for 'engine'); a temporary folder by default
@@ -301,6 +301,7 @@ def bench_cli(
         'memory': lambda: b.bench_memory(folder=folder),
         'scan': lambda: b.bench_scan(repeats=repeats),
         'scan-memory': lambda: b.bench_scan_memory(gigabytes, folder),
+        'redraw': b.bench_redraw,
         'sweep': lambda: b.bench_sweep(repeats=repeats)}
     print(b.machine())
     for k,f in runs.items():

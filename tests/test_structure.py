@@ -18,7 +18,7 @@ floors = [
     ['spectrum','lowrank','strategies','activations','layout','pickles'],
     ['edges','adapter'],
     ['checkpoint','pictures'],
-    ['names','heads','beside'],
+    ['names','heads','beside','drawn'],
     ['operations','scan','preflight','repair','match'],
     ['plan','interop'],
     ['chain','explore','stream','survey'],
