@@ -185,8 +185,9 @@ def _heads(units):
     return [k.rpartition('.')[0] for k in units.index if units.role[k]=='head' or is_head(k)]
 
 def _shared(watched):
-    "`{matrix: overlaps}` of the matrices that all sources have"
-    names = [k for k in next(iter(watched.values())).vectors if all(k in o.vectors for o in watched.values())]
+    "`{matrix: overlaps}` of the matrices that all sources have, in one size: heads may differ"
+    first = next(iter(watched.values())).vectors
+    names = [k for k,v in first.items() if all(k in o.vectors and o.vectors[k].shape==v.shape for o in watched.values())]
     return {k: overlaps({s: o.vectors[k] for s,o in watched.items()}) for k in names}
 
 @patch

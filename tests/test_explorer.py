@@ -126,6 +126,13 @@ def test_three_models_with_heads():
     panel.controls['layer'].value = 'classifier.weight' # of other sizes, and not in the base
     assert not panel.problem
 
+def test_heads_of_other_sizes_without_base():
+    models,_ = make_models(2, head=True)
+    panel = explore(models, estimator='mp', layer='classifier.weight', progress=False)
+    assert panel.layer=='classifier.weight' and 'same directions' not in panel.controls['spectra'].value
+    panel.layer = 'block1.q.weight'
+    assert 'same directions' in panel.controls['spectra'].value
+
 def test_saved(panel, made):
     c = panel.controls
     c['plan'].click()

@@ -19,7 +19,7 @@ floors = [
     ['edges','adapter'],
     ['checkpoint','pictures'],
     ['names','heads','beside','drawn'],
-    ['operations','scan','preflight','repair','match'],
+    ['operations','scan','preflight','repair','match','live'],
     ['plan','interop'],
     ['chain','explore','stream','survey'],
     ['journal','explorer'],
