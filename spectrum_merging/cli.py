@@ -325,7 +325,7 @@ def compare_cli(
 @command('spectrum-bench engine --gigabytes 0.1 --repeats 1')
 def bench_cli(
     what:Annotated[str, "What to measure",
-        dict(choices=['engine','memory','scan','scan-memory','sweep','all'])],
+        dict(choices=['engine','memory','scan','scan-memory','redraw','sweep','all'])],
     gigabytes:float=1.5, # Size of each model: 0.1, 1.5 or 6
     repeats:int=5, # How often each contestant runs
     folder:str=None, # Where the files go (12 GB for 'engine'); a temporary folder by default
@@ -339,6 +339,7 @@ def bench_cli(
         'memory': lambda: b.bench_memory(folder=folder),
         'scan': lambda: b.bench_scan(repeats=repeats),
         'scan-memory': lambda: b.bench_scan_memory(gigabytes, folder),
+        'redraw': b.bench_redraw,
         'sweep': lambda: b.bench_sweep(repeats=repeats)}
     print(b.machine())
     for k,f in runs.items():
@@ -409,21 +410,30 @@ def run_cli(
 # %% ../nbs/95_cli.ipynb #00000019
 @command('spectrum-explore results/')
 def explore_cli(
-    folder:str, # Folder of results that spectrum-run wrote
+    models:Annotated[str, "Two or more models, each PATH or NAME=PATH; or one folder of results that spectrum-run wrote", dict(nargs='+')],
+    base:str=None, # The model that they were fine-tuned from
+    heads:str=None, # Prefixes of task heads, comma-separated; 'none' merges heads too
+    out:str='.', # Folder that the page's buttons save to
     port:int=8866, # Where the page is served; the next free one where it is taken
     no_browser:bool=False, # Only serve the page, open no window
 ):
-    "Try strategies on measured merges in a browser; Ctrl-C ends it"
+    "Look at models and at what a merge would make of them, in a browser; Ctrl-C ends it"
     from contextlib import chdir
     from importlib.util import find_spec
     from tempfile import TemporaryDirectory
     from spectrum_merging.files import user_path
-    folder = user_path(folder).absolute()
+    models = _named([models] if isinstance(models, str) else models)
+    def at(o): return str(user_path(o).absolute()) if user_path(o).exists() else o
+    results = len(models)==1 and base is None and not isinstance(models, dict) and user_path(models[0]).absolute()
+    models = {k: at(o) for k,o in models.items()} if isinstance(models, dict) else list(map(at, models))
+    base,out,heads = base and at(base),user_path(out).absolute(),heads and ([] if heads=='none' else heads.split(','))
     # matplotlib, Jupyter and voila read settings, and code, from where they are started
     with TemporaryDirectory() as tmp, chdir(tmp):
-        from spectrum_merging.explore import read_folder, serve
-        read_folder(folder)
+        from spectrum_merging.explore import read_folder, serve, write_notebook
+        if results: read_folder(results)
         if not find_spec('voila'):
-            raise CliError("the page needs voila: pip install 'spectrum-merging[browser]'; in a "
-                "notebook, spectrum_merging.explore.MergePanel.from_folder shows the same without it")
-        serve(folder, tmp, port, not no_browser)
+            raise CliError("the page needs voila: pip install 'spectrum-merging[browser]'; in a notebook, "
+                "spectrum_merging.explorer.explore and spectrum_merging.explore.MergePanel.from_folder show the same without it")
+        if results: return serve(write_notebook(results, f'{tmp}/panel.ipynb'), tmp, port, not no_browser)
+        from spectrum_merging.explorer import serve_models
+        serve_models(models, base, tmp, heads=heads, out=out, port=port, browser=not no_browser, progress=sys.stderr.isatty())

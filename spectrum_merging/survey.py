@@ -144,14 +144,20 @@ def _file(self:Survey, estimator, of):
 
 def _write(path, found):
     "Arrays and plain values, no code"
+    if path is None: return
     flat = [(s, k, o) for s,all_ in found.spectra.items() for k,o in all_.items()]
     said = dict(law=found.law, spectra=[[s, k, {n: getattr(o, n) for n in _numbers}] for s,k,o in flat],
         scans={m: [list(df), df.to_numpy(object).tolist(), df.attrs] for m,df in found.scans.items()},
-        shared=[[k, list(o), o.to_numpy().tolist()] for k,o in found.shared.items()])
+        shared=[[k, list(o), o.to_numpy().tolist(), o.attrs] for k,o in found.shared.items()])
     arrays = {f'{n}{i}': getattr(o, n) for i,(_,_,o) in enumerate(flat) for n in ('eigs','theta')}
     text = json.dumps(said, default=lambda v: v.item())
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as tmp, open(tmp, 'wb') as f: np.savez(f, said=np.frombuffer(text.encode(), 'u1'), **arrays)
+
+def _overlap(names, values, attrs):
+    df = pd.DataFrame(values, names, names)
+    df.attrs.update(attrs)
+    return df
 
 def _scan(columns, rows, attrs):
     "A scan as it was"
@@ -171,7 +177,7 @@ def _loaded(path, names):
         for i,(s,k,o) in enumerate(said['spectra']): spectra.setdefault(s, {})[k] = Spectrum(eigs=z[f'eigs{i}'], theta=z[f'theta{i}'], **o)
     if list(said['scans'])!=names: return None
     return Found({m: _scan(*o) for m,o in said['scans'].items()}, spectra,
-        {k: pd.DataFrame(v, names, names) for k,names,v in said['shared']}, said['law'])
+        {k: _overlap(*o) for k,*o in said['shared']}, said['law'])
 
 # %% ../nbs/88_survey.ipynb #0000000e
 def _heads(units):
@@ -179,8 +185,9 @@ def _heads(units):
     return [k.rpartition('.')[0] for k in units.index if units.role[k]=='head' or is_head(k)]
 
 def _shared(watched):
-    "`{matrix: overlaps}` of the matrices that all sources have"
-    names = [k for k in next(iter(watched.values())).vectors if all(k in o.vectors for o in watched.values())]
+    "`{matrix: overlaps}` of the matrices that all sources have, in one size: heads may differ"
+    first = next(iter(watched.values())).vectors
+    names = [k for k,v in first.items() if all(k in o.vectors and o.vectors[k].shape==v.shape for o in watched.values())]
     return {k: overlaps({s: o.vectors[k] for s,o in watched.items()}) for k in names}
 
 @patch
@@ -207,5 +214,6 @@ def _measured(self:Survey, estimator, of):
     spectra = {s: _labelled(o.spectra, scans[s]) for s,o in watched.items()}
     shared = _labelled(_shared(watched), next(iter(scans.values())))
     res = Found({m: scans[m] for m in self.models}, spectra, shared, next((o.said for o in watched.values() if o.said), ''))
-    if self._file(estimator, of): _write(self._file(estimator, of), res)
+    try: _write(self._file(estimator, of), res)
+    except OSError: pass # a disk that is full or not ours: measured again the next time
     return res
