@@ -15,9 +15,9 @@ from .rules import recipe, rule_lines, rule_names
 from typing import Annotated
 
 # %% ../nbs/95_cli.ipynb #5ca70020
-def _read_strategy(text):
+def _read_strategy(text, default='standard'):
     from spectrum_merging import plan # whose rules add themselves
-    return recipe(text, ('layer','matrix'), 'strategy')
+    return recipe(text or default, ('layer','matrix'), 'strategy')
 
 def _read_estimator(text):
     from spectrum_merging import edges
@@ -46,7 +46,7 @@ class _List(Action):
             for text,said in rule_lines(kind): print(f'  {text:42} {said}')
         parser.exit()
 
-_strategy,_estimator,_repair = Chosen(_read_strategy, _strategies, 'standard'),Chosen(_read_estimator, _estimators, ''),Chosen(_read_repair)
+_strategy,_estimator,_repair = Chosen(_read_strategy, _strategies, ''),Chosen(_read_estimator, _estimators, ''),Chosen(_read_repair)
 
 # %% ../nbs/95_cli.ipynb #00000007
 @command('spectrum-scan mood/ --base base/', estimator=_estimator)
@@ -132,13 +132,13 @@ def _check_choice(plan, save_plan, models, base, strategy, how):
     from spectrum_merging.plan import check_options
     if plan and (given := [k for k,v in dict(strategy=strategy, **how).items() if v is not None] + ['save_plan']*bool(save_plan)):
         raise ValueError(f"--plan says what is done: leave out --{given[0].replace('_', '-')}, or --plan")
-    if not plan: check_options(_read_strategy(strategy or 'standard'), len(models), base, **how | dict(protocol=how['protocol'] or 'unit'))
+    if not plan: check_options(_read_strategy(strategy), len(models), base, **how | dict(protocol=how['protocol'] or 'unit'))
 
 def _planned(plan, save_plan, models, base, strategy, how, out, files_from):
     "The plan, read or made, and saved"
     from spectrum_merging.plan import Plan, make_plan
     if plan: return Plan.load(plan)
-    res = make_plan(strategy or 'standard', models, base, out=out, files_from=files_from, progress=bars(),
+    res = make_plan(_read_strategy(strategy).text, models, base, out=out, files_from=files_from, progress=bars(),
         **how | dict(protocol=how['protocol'] or 'unit'))
     if save_plan: say(f'plan written to {res.save(save_plan)}')
     return res
@@ -408,7 +408,7 @@ def run_cli(
     say(f'\nResults and figures are in {out}')
 
 # %% ../nbs/95_cli.ipynb #00000019
-@command('spectrum-explore results/')
+@command('spectrum-explore mood/ topic/ --base base/')
 def explore_cli(
     models:Annotated[str, "Two or more models, each PATH or NAME=PATH; or one folder of results that spectrum-run wrote", dict(nargs='+')],
     base:str=None, # The model that they were fine-tuned from
@@ -422,7 +422,7 @@ def explore_cli(
     from importlib.util import find_spec
     from tempfile import TemporaryDirectory
     from spectrum_merging.files import user_path
-    models = _named([models] if isinstance(models, str) else models)
+    with usage(): models = _named([models] if isinstance(models, str) else models)
     def at(o): return str(user_path(o).absolute()) if user_path(o).exists() else o
     results = len(models)==1 and base is None and not isinstance(models, dict) and user_path(models[0]).absolute()
     models = {k: at(o) for k,o in models.items()} if isinstance(models, dict) else list(map(at, models))
@@ -436,4 +436,4 @@ def explore_cli(
                 "spectrum_merging.explorer.explore and spectrum_merging.explore.MergePanel.from_folder show the same without it")
         if results: return serve(write_notebook(results, f'{tmp}/panel.ipynb'), tmp, port, not no_browser)
         from spectrum_merging.explorer import serve_models
-        serve_models(models, base, tmp, heads=heads, out=out, port=port, browser=not no_browser, progress=sys.stderr.isatty())
+        serve_models(models, base, tmp, heads=heads, out=out, port=port, browser=not no_browser, progress=bars())

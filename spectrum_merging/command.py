@@ -154,6 +154,7 @@ def _put(p, args, takes, option, value):
     if isinstance(args[o], list): args[o][i] = new
     else: args[o] = new
 
+# %% ../nbs/93_command.ipynb #c0de0017
 def read_arguments(
     p:argparse.ArgumentParser, # Of a command
     argv:list, # What was typed

@@ -1,5 +1,6 @@
 "All commands: help at once with an example that runs, exit status, quiet, plans without a merge, completion."
-import os, shlex, shutil, subprocess, sys
+import os, shlex, shutil, signal, subprocess, sys
+from importlib.util import find_spec
 from pathlib import Path
 import pandas as pd, pytest
 from spectrum_merging import bench, cli
@@ -82,6 +83,20 @@ def test_example_of_bench(d, monkeypatch, capsys):
     monkeypatch.setattr(bench, 'bench_engine', lambda gigabytes, repeats, folder: seen.append((gigabytes, repeats)) or pd.DataFrame(dict(seconds=[1.])))
     _here('spectrum-bench', d, monkeypatch)
     assert seen==[(.1, 1)] and 'seconds' in capsys.readouterr().out
+
+def test_example_of_explore(d):
+    "Serves until Ctrl-C; without voila says what to install"
+    at = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=d, env=os.environ|dict(BROWSER='true'))
+    words = shlex.split(example('spectrum-explore'))
+    p = subprocess.Popen([scripts/words[0], *words[1:]], **at)
+    if not find_spec('voila'):
+        _,err = p.communicate(timeout=300)
+        assert p.returncode==1 and 'pip install' in err, err
+        return
+    line = next((o for o in p.stdout if 'http' in o), None)
+    p.send_signal(signal.SIGINT)
+    p.communicate(timeout=60)
+    assert line
 
 @pytest.mark.parametrize('line, status, says', [
     ('spectrum-merge mood/ topic/ --out x --strategy snr_wnner', 2, "did you mean 'snr_winner'?"),
