@@ -202,6 +202,7 @@ def parser(
     p.error = error
     return p
 
+# %% ../nbs/93_command.ipynb #c0de0018
 def command(
     example:str, # A line that runs where its files are
     **takes, # `{option: Chosen}`, whose rules' settings may be options, too
