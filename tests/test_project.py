@@ -138,6 +138,9 @@ def test_docs_build():
         assert page.is_file() and page.with_suffix('.html.md').is_file()
     said = (site/'experiments/bert_sst2_cola.html').read_text(encoding='utf-8')
     assert re.search(r'<th[^>]*><p>merge − merge, task</p></th>', said) # tables in outputs are tables
+    page = (site/'checkpoint.html.md').read_text(encoding='utf-8')
+    assert 'class Checkpoint(' in page and 'def Checkpoint(' not in page
+    assert not [o.name for o in site.rglob('*.html.md') if '__main__.' in o.read_text(encoding='utf-8')]
     html = (site/'edges.html').read_text(encoding='utf-8')
     assert '<math' in html and 'id="snr"' in html and '<img' in html
     pages = [o for o in site.rglob('*') if o.suffix in ('.html','.md')]
