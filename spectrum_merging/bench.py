@@ -6,7 +6,7 @@ Docs: nbs/92_bench.ipynb"""
 
 # %% auto #0
 __all__ = ['sizes', 'llama_config', 'make_llama', 'watched', 'machine', 'bench_engine', 'bench_memory', 'bert_matrices',
-           'bench_scan', 'bench_scan_memory', 'bench_sweep']
+           'bench_scan', 'bench_scan_memory', 'bench_redraw', 'bench_sweep']
 
 # %% ../nbs/92_bench.ipynb #00000003
 import json, numpy as np, os, pandas as pd, platform, shutil, statistics, subprocess, sys, time
@@ -282,6 +282,44 @@ def bench_scan_memory(
         return pd.DataFrame([dict(
             gigabytes=sum(o.stat().st_size for o in a.glob('*.safetensors'))/1e9,
             seconds=t, MiB=mib)])
+
+# %% ../nbs/92_bench.ipynb #92ed0001
+def _fine_tuned(base, seed):
+    "Noise, and a direction of another strength in each matrix"
+    import torch
+    g,res = torch.Generator().manual_seed(seed),{}
+    for k,W in base.items():
+        u,v = (torch.randn(o, generator=g) for o in W.shape)
+        res[k] = W+1e-3*torch.randn(W.shape, generator=g)+2e-3*float(torch.rand(1, generator=g))*torch.outer(u, v)
+    return res
+
+def bench_redraw(
+    layers:int=12, # Encoder layers
+    hidden:int=768, # Width
+    repeats:int=20, # How often each control is moved
+) -> pd.DataFrame: # Control, milliseconds; attrs: seconds that measuring took
+    "From a control that moves to the new pictures, plan and table, for two fine-tuned encoders"
+    from spectrum_merging.explorer import explore
+    base = bert_matrices(layers, hidden)
+    start = time.perf_counter()
+    panel = explore([_fine_tuned(base, i+1) for i in range(2)], base=base, progress=False)
+    measured = time.perf_counter()-start
+    first,c = panel.estimator,panel.controls
+    other = next(k for k in c['estimator'].options if k!=first)
+    panel.estimator = other
+    names,strategies = c['layer'].options,['base_reset','snr_max','snr_weighted','snr_winner']
+    moves = dict(share=lambda i: dict(top=5+90*i/repeats), threshold=lambda i: dict(threshold=.05*1.2**i), strategy=lambda i: dict(strategy=strategies[i%4]),
+        estimator=lambda i: dict(estimator=(first, other)[i%2]), of=lambda i: dict(of=('weights', 'update')[i%2]), layer=lambda i: dict(layer=names[i%len(names)]))
+    took = {k: [] for k in moves}
+    for k,move in moves.items():
+        for i in range(repeats):
+            if k!='layer': panel.survey.plans.clear() # no plan that was made before
+            t = time.perf_counter()
+            panel.choose(**move(i))
+            took[k].append(1000*(time.perf_counter()-t))
+    res = pd.DataFrame([dict(control=k, median_ms=statistics.median(v), fastest_ms=min(v), slowest_ms=max(v)) for k,v in took.items()])
+    res.attrs['measured'] = measured
+    return res
 
 # %% ../nbs/92_bench.ipynb #0000001e
 def _loader(x):

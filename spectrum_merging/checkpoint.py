@@ -9,7 +9,7 @@ __all__ = ['Checkpoint', 'content_sha256']
 
 # %% ../nbs/10_checkpoint.ipynb #00000003
 import hashlib, json, numpy as np, sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fastcore.basics import patch
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from .formats import (against_class, downloaded, first_bytes, foreign, foreign_f
     placeholders, read_config, tied_names, weight_folders)
 from .pickles import open_pickle
 from .quantised import dequantised
+from .shown import html_table
 from .stored import TensorInfo, file_metadata, hold, open_safetensors
 
 # %% ../nbs/10_checkpoint.ipynb #00000010
@@ -170,12 +171,20 @@ class Checkpoint:
     def _entry(self, name):
         if name not in self._entries: raise KeyError(f"{self.label} has no tensor {name!r}")
         return self._entries[name]
-
     def __len__(self): return len(self._entries)
     def __iter__(self): return iter(self._entries)
     def __contains__(self, name): return name in self._entries
+    read:Callable; read_into:Callable; with_entries:Callable; renamed:Callable; update:Callable; holds:Callable # patched in below
     def __repr__(self):
         return f"Checkpoint({self.label}: {len(self)} tensors, {sum(o.numel for o in self.infos.values()):,} values)"
+
+# %% ../nbs/10_checkpoint.ipynb #5ca70010
+@patch
+def _repr_html_(self:Checkpoint):
+    "A row per tensor"
+    import pandas as pd
+    rows = [(k, ' × '.join(map(str, o.shape)), o.dtype, o.numel, self.aliases.get(k, '')) for k,o in self.infos.items()]
+    return html_table(pd.DataFrame(rows, columns=['tensor','shape','type','values','tied to']), '; '.join([repr(self), *self.notes]))
 
 # %% ../nbs/10_checkpoint.ipynb #00000020
 @patch

@@ -9,61 +9,52 @@ __all__ = ['scan_cli', 'merge_cli', 'extract_cli', 'verify_cli', 'compare_cli', 
 
 # %% ../nbs/95_cli.ipynb #00000003
 import os, re, sys, time
-from fastcore.script import CliError, call_parse
-from functools import wraps
+from argparse import Action
+from .command import Chosen, CliError, Usage, bars, command, say, shown, stop, usage
+from .rules import recipe, rule_lines, rule_names
 from typing import Annotated
 
-# %% ../nbs/95_cli.ipynb #00000005
-def _shown(text):
-    "A text as a terminal may show it: names in files may hold what moves its cursor"
-    return ''.join(c if c.isprintable() or c=='\n' else c.encode('unicode_escape', 'surrogatepass').decode() for c in str(text))
+# %% ../nbs/95_cli.ipynb #5ca70020
+def _read_strategy(text, default='standard'):
+    from spectrum_merging import plan # whose rules add themselves
+    return recipe(text or default, ('layer','matrix'), 'strategy')
 
-def _of_system(e):
-    "What an error of the system says, where, and what helps"
-    from spectrum_merging.files import remedy
-    if e.errno is None or not e.strerror: return str(e)
-    return f"{e.filename}: {e.strerror}; {remedy(e)}" if e.filename else e.strerror
+def _read_estimator(text):
+    from spectrum_merging import edges
+    return recipe(text or edges.default_estimator, 'estimator', 'estimator')
 
-def _message(e):
-    "What to say of an error"
-    if isinstance(e, MemoryError): return f"not enough memory ({str(e) or 'none was left'}): use fewer workers (--workers 1) or a machine with more"
-    if isinstance(e, RecursionError): return "something in the inputs is nested too deeply: it is damaged, or made to do harm"
-    if isinstance(e, KeyError) and e.args: return e.args[0]
-    if isinstance(e, OSError): return _of_system(e)
-    if isinstance(e, (ValueError, TypeError, RuntimeError, ArithmeticError)): return str(e) or type(e).__name__
-    return f"{type(e).__name__}: {e}; this is a fault of spectrum-merging, SPECTRUM_TRACEBACK=1 shows where"
+def _read_repair(text):
+    from spectrum_merging.chain import repair_recipe
+    return repair_recipe(text)
 
-def _stop(text):
-    "End after Ctrl-C as a shell expects it"
-    print(text, file=sys.stderr)
-    raise SystemExit(130)
+def _strategies():
+    from spectrum_merging import plan
+    return rule_names('layer', 'matrix')
 
-def _says_errors(f):
-    "Turn errors into a line; `call_parse` prints it and exits with status 1, after Ctrl-C with 130"
-    @wraps(f)
-    def inner(*args, **kwargs):
-        try:
-            res = f(*args, **kwargs)
-            sys.stdout.flush()
-            return res
-        except CliError: raise
-        except BrokenPipeError: # whoever read the output has gone
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(1) from None
-        except KeyboardInterrupt: _stop("interrupted")
-        except Exception as e:
-            if os.environ.get('SPECTRUM_TRACEBACK'): raise
-            raise CliError(_shown(_message(e))) from e
-    return inner
+def _estimators():
+    from spectrum_merging import edges
+    return rule_names('estimator')
+
+class _List(Action):
+    "Show what there is to choose from, and end"
+    def __init__(self, option_strings, dest, help=None, **kwargs): super().__init__(option_strings, dest, nargs=0, help=help)
+    def __call__(self, parser, *args):
+        from spectrum_merging import plan # whose rules add themselves
+        for title,kind in (('--strategy: what each layer takes', 'layer'), ('--strategy: operations on matrices', 'matrix'),
+                ('--estimator: where noise ends', 'estimator')):
+            print(title)
+            for text,said in rule_lines(kind): print(f'  {text:42} {said}')
+        parser.exit()
+
+_strategy,_estimator,_repair = Chosen(_read_strategy, _strategies, ''),Chosen(_read_estimator, _estimators, ''),Chosen(_read_repair)
 
 # %% ../nbs/95_cli.ipynb #00000007
-@call_parse
-@_says_errors
+@command('spectrum-scan mood/ --base base/', estimator=_estimator)
 def scan_cli(
     model:str, # .safetensors file, model folder or hub id
     base:str=None, # The model it was fine-tuned from
     estimator:str=None, # Rule of kind 'estimator': flip (the default), mp, spectrum, …
-    of:str=None, # weights or update; by default the update where there is a base
+    of:Annotated[str, "By default the update where there is a base", dict(choices=['weights','update'])]=None,
     workers:int=None, # Layers measured side by side
     out:str=None, # CSV file to write instead of printing the table
 ):
@@ -72,8 +63,8 @@ def scan_cli(
     from spectrum_merging.edges import default_estimator
     from spectrum_merging.scan import scan
     df = scan(model, base, estimator=estimator or default_estimator, of=of, n_workers=workers,
-        progress=sys.stderr.isatty())
-    for o in df.attrs['notes']: print(_shown(o), file=sys.stderr)
+        progress=bars())
+    for o in df.attrs['notes']: say(o, sys.stderr)
     if out: df.to_csv(out, index=False)
     else: print(df.drop(columns=['unit','estimator','of']).to_string(index=False,
         float_format='{:.4g}'.format))
@@ -101,8 +92,9 @@ def _by_task(given, what):
     if len({k for k,*_ in pairs})<len(pairs): raise ValueError(f"{what} names a model twice: {', '.join(given)}")
     return {k: v for k,_,v in pairs}
 
-def _task_files(inputs, text, repair, as_adapter):
+def _task_files(inputs, text, repair, as_adapter, base):
     "`{task: file}` and columns. Raises `ValueError`"
+    if as_adapter and not base: raise ValueError("an adapter is the update of a base: pass --base")
     if as_adapter and (repair or inputs): raise ValueError("--as-adapter writes no repaired model: leave it out, and use spectrum-extract on the result")
     if text and not inputs: raise ValueError("--text names a column of --inputs, and none are given")
     return _by_task(inputs, '--inputs'),_by_task(text, '--text')
@@ -115,10 +107,10 @@ def _bytes(text, what='shard size'):
     if n<1: raise ValueError(f"{what} is {text!r}: pass a size like 5GB or 200MB")
     return n
 
-def _as_adapter(plan, models, base, out, dtype, more):
+def _as_adapter(plan, models, base, out, more):
     "Merge and extract; what to say of it"
     from spectrum_merging.extract import merge_adapter, summary
-    found = merge_adapter(plan, models, base, out, dtype=dtype, **more)
+    found = merge_adapter(plan, models, base, out, **more)
     lines = [f'{summary(df)}\nwritten to {out}{"" if task is None else "/"+task}' for task,df in found.items()]
     return '\n'.join([_summary(plan), *lines, 'PeftModel.from_pretrained(base model, folder) loads it'])
 
@@ -132,9 +124,35 @@ def _fitted(plan, models, base, out, repair, inputs, text, memory, more):
     "Merge and repair; the plan that the folder has"
     from spectrum_merging.fitted import merge_fitted
     from spectrum_merging.plan import Plan
-    merge_fitted(plan, models, base, out, repairs=repair or (), inputs=inputs, text=text, memory=memory and _bytes(memory, 'memory'),
-        say=lambda o: print(_shown(o), flush=True), **more)
+    merge_fitted(plan, models, base, out, repairs=repair or (), inputs=inputs, text=text,
+        memory=memory and _bytes(memory, 'memory'), say=say, **more)
     return Plan.load(f'{out}/plan.csv')
+
+def _check_choice(plan, save_plan, models, base, strategy, how):
+    "Raise `ValueError` for options that do not go together"
+    from spectrum_merging.plan import check_options
+    if plan and (given := [k for k,v in dict(strategy=strategy, **how).items() if v is not None] + ['save_plan']*bool(save_plan)):
+        raise ValueError(f"--plan says what is done: leave out --{given[0].replace('_', '-')}, or --plan")
+    if not plan: check_options(_read_strategy(strategy), len(models), base, **how | dict(protocol=how['protocol'] or 'unit'))
+
+def _planned(plan, save_plan, models, base, strategy, how, out, files_from):
+    "The plan, read or made, and saved"
+    from spectrum_merging.plan import Plan, make_plan
+    if plan: return Plan.load(plan)
+    res = make_plan(_read_strategy(strategy).text, models, base, out=out, files_from=files_from, progress=bars(),
+        **how | dict(protocol=how['protocol'] or 'unit'))
+    if save_plan: say(f'plan written to {res.save(save_plan)}')
+    return res
+
+def _dry(plan, models, base, out, dtype, files_from, fitted, as_adapter):
+    "Show a plan, then what would be wrong"
+    from spectrum_merging.merge import check_merge
+    from spectrum_merging.plan import mixture
+    made = plan.table.assign(tensors=1, takes=[mixture(plan.coefs(r), r['op']) for r in plan.table.to_dict('records')])
+    print(shown(made.groupby(['unit','takes','reason'], sort=False).tensors.sum().reset_index().to_string(index=False)))
+    if not fitted: n = check_merge(plan, models, base, None if as_adapter else out, dtype=dtype, files_from=files_from)
+    say('nothing is written' + f'; a merge has {len(plan.table)} tensors'
+        + ('' if fitted else f' and {n/1e6:,.1f} MB') + '; their numbers are looked at when they are merged')
 
 def _summary(plan):
     "How many tensors each mixture gets"
@@ -142,22 +160,43 @@ def _summary(plan):
     mixtures = plan.table.apply(lambda r: mixture(plan.coefs(r), r['op']), axis=1)
     return mixtures.value_counts().rename('tensors').to_string()
 
+# %% ../nbs/95_cli.ipynb #5ca70021
+def _merged(plan, models, base, out, repair, inputs, text, memory, as_adapter, work, dtype, files):
+    "Run a plan, and say what came of it"
+    from spectrum_merging.merge import loading, merge
+    if as_adapter: return say(_as_adapter(plan, models, base, out, work | dtype))
+    more = work | dtype | files
+    try: plan = _fitted(plan, models, base, out, repair, inputs, text, memory, more) if repair or inputs else merge(plan, models, base, out, **more) and plan
+    except KeyboardInterrupt: stop(f"interrupted; the same command goes on {'where it can' if repair or inputs else 'where it stopped'}")
+    say(f'{_summary(plan)}\nwritten to {out}; the decision for each tensor is in {out}/plan.csv')
+    for o in loading(plan, models, base, files['files_from'], out): say(o)
+
+# %% ../nbs/95_cli.ipynb #5ca70022
+def _may_push(repo):
+    "Before hours of work: whether the name is one, and the hub knows us"
+    from spectrum_merging.hub import check_login
+    with usage(): check_login(repo)
+
+def _push(out, repo):
+    from spectrum_merging.hub import push_to_hub
+    say(f'published at {push_to_hub(out, repo, say=say)}')
+
 # %% ../nbs/95_cli.ipynb #0000000b
-@call_parse
-@_says_errors
+@command('spectrum-merge mood=mood/ topic=topic/ --base base/ --strategy snr_winner --top 30 --out merged/',
+    strategy=_strategy, estimator=_estimator, repair=_repair)
 def merge_cli(
     models:Annotated[str, "Models to merge, each PATH or NAME=PATH", dict(nargs='+')],
-    out:Annotated[str, "New folder for the merged model", dict(opt=True, required=True)],
+    out:str=None, # New folder for the merged model
     base:str=None, # The model that they were fine-tuned from
-    strategy:str='standard', # standard, base_reset, snr_{winner,lowA,…}, 'tsv_m(share=0.5)', …
+    strategy:str=None, # standard (the default), base_reset, snr_{winner,lowA,…}, tsv_m, …: see --list; its settings are options, too
     threshold:float=None, # SNR to pass
     top:float=None, # Share of layers to pass, in %; 50 where neither is given
-    estimator:str=None, # mp (the default), spectrum, …; where the strategy looks at SNRs
-    of:str=None, # weights or update; by default the update where there is a base
-    protocol:str='unit', # unit, or paper for the paper's own rules
+    estimator:str=None, # flip (the default), mp, …; where the strategy looks at SNRs
+    of:Annotated[str, "By default the update where there is a base", dict(choices=['weights','update'])]=None,
+    protocol:Annotated[str, "unit (the default), or paper for the paper's own rules", dict(choices=['unit','paper'])]=None,
     heads:str=None, # Prefixes of task heads, comma-separated; 'none' merges heads too
     plan:str=None, # Run this saved plan (plan.csv) instead of making one
-    dtype:str=None, # float64, float32, float16 or bfloat16; by default the first model's
+    dtype:Annotated[str, "By default the first model's", dict(choices=['float64','float32','float16','bfloat16'])]=None,
     shard_size:str='5GB', # Largest file of the result
     files_from:str=None, # Model whose configuration and tokenizer are taken; the first by default
     workers:int=None, # Threads; by default one per core
@@ -167,34 +206,34 @@ def merge_cli(
         dict(nargs='+')]=None,
     inputs:Annotated[str, "Unlabelled inputs of each model, NAME=FILE (csv, tsv, json, jsonl, parquet, txt) or a folder of images", dict(nargs='+')]=None,
     text:Annotated[str, "Column of the texts, for all or NAME=COLUMN; guessed by default", dict(nargs='+')]=None,
-    memory:str=None, # Memory that a repair may take where whole networks must be in memory; by default what is free
+    memory:str=None, # Memory that a repair may take where whole networks must be in it; by default what is free
+    dry_run:bool=False, # Show the plan and what is wrong, write no model
+    save_plan:str=None, # CSV file for the plan, to be read, edited and run with --plan
+    push_to_hub:str=None, # Repository owner/name, private where it is made, that the result is sent to
+    list:Annotated[bool, "Show strategies, operations and estimators, and end", dict(action=_List)]=False,
 ):
     "Merge models by the signal-to-noise ratio of their layers; if interrupted, rerun to continue"
-    shard_size = _bytes(shard_size)
-    inputs,text = _task_files(inputs, text, repair, as_adapter)
-    from spectrum_merging.merge import check_out, loading, merge
-    from spectrum_merging.plan import Plan, make_plan
-    models = _named(models)
-    check_out(out, [*(models.values() if isinstance(models, dict) else models), base])
+    how = dict(scale=scale, estimator=estimator, of=of, top=top, threshold=threshold, protocol=protocol,
+        heads=None if heads is None else [] if heads=='none' else heads.split(','))
+    with usage():
+        if not (out or dry_run): raise ValueError("--out names the new folder: pass it, or --dry-run to see the plan alone")
+        shard_size,(inputs,text),models = _bytes(shard_size),_task_files(inputs, text, repair, as_adapter, base),_named(models)
+        _check_choice(plan, save_plan, models, base, strategy, how)
+    from spectrum_merging.files import free_file
+    from spectrum_merging.merge import check_out
+    if save_plan: free_file(save_plan, remedy='choose another name')
+    if push_to_hub: _may_push(push_to_hub)
+    if out: check_out(out, [*(models.values() if isinstance(models, dict) else models), base])
     if repair or inputs: _look(models, base, repair, inputs, text)
-    if plan: table = Plan.load(plan)
-    else:
-        heads = None if heads is None else [] if heads=='none' else heads.split(',')
-        table = make_plan(strategy, models, base, scale=scale, estimator=estimator, of=of, top=top,
-            threshold=threshold, protocol=protocol, heads=heads, out=out, files_from=files_from,
-            progress=sys.stderr.isatty())
-    for o in table.meta.get('notes', []): print(_shown(o))
-    more = dict(n_workers=workers, progress=sys.stderr.isatty())
-    if as_adapter: return print(_as_adapter(table, models, base, out, dtype, more))
-    more |= dict(dtype=dtype, shard_size=shard_size, files_from=files_from)
-    try: table = _fitted(table, models, base, out, repair, inputs, text, memory, more) if repair or inputs else merge(table, models, base, out, **more) and table
-    except KeyboardInterrupt: _stop(f"interrupted; the same command {'starts again' if repair or inputs else 'continues where it stopped'}")
-    print(f'{_summary(table)}\nwritten to {out}; the decision for each tensor is in {out}/plan.csv')
-    for o in loading(table, models, base, files_from, out): print(o)
+    table = _planned(plan, save_plan, models, base, strategy, how, out, files_from)
+    for o in table.meta.get('notes', []): say(o)
+    if dry_run: return _dry(table, models, base, out, dtype, files_from, bool(inputs), as_adapter)
+    _merged(table, models, base, out, repair, inputs, text, memory, as_adapter, dict(n_workers=workers, progress=bars()),
+        dict(dtype=dtype), dict(shard_size=shard_size, files_from=files_from))
+    if push_to_hub: _push(out, push_to_hub)
 
 # %% ../nbs/95_cli.ipynb #ada00001
-@call_parse
-@_says_errors
+@command('spectrum-extract mood/ --base base/ --out mood-adapter/', estimator=_estimator)
 def extract_cli(
     model:str, # Fine-tuned or merged model: .safetensors file, folder or hub id
     base:Annotated[str, "The model that it was fine-tuned from", dict(opt=True, required=True)],
@@ -204,19 +243,19 @@ def extract_cli(
     threshold:float=None, # Singular value that a direction must exceed, the same in all matrices
     shrink:bool=False, # Shrink singular values to what they are without noise
     estimator:str=None, # Whose end of the noise: flip (the default), mp, …
-    dtype:str=None, # float32, float16 or bfloat16 for the factors; by default the base's type
+    dtype:Annotated[str, "Of the factors; by default the base's", dict(choices=['float32','float16','bfloat16'])]=None,
     workers:int=None, # Matrices at a time
 ):
     "Write the update of a fine-tuned or merged model as a PEFT LoRA, each matrix with a rank of its own"
     from spectrum_merging.edges import default_estimator
-    from spectrum_merging.extract import extract, summary
+    from spectrum_merging.extract import check_rank, extract, summary
+    with usage(): check_rank(rank, energy, threshold)
     df = extract(model, base, out, rank=rank, energy=energy, threshold=threshold, shrink=shrink,
-        estimator=estimator or default_estimator, dtype=dtype, n_workers=workers, progress=sys.stderr.isatty())
-    print(f'{summary(df)}\nwritten to {out}; PeftModel.from_pretrained(base model, {out!r}) loads it')
+        estimator=estimator or default_estimator, dtype=dtype, n_workers=workers, progress=bars())
+    say(f'{summary(df)}\nwritten to {out}; PeftModel.from_pretrained(base model, {out!r}) loads it')
 
 # %% ../nbs/95_cli.ipynb #00000010
-@call_parse
-@_says_errors
+@command('spectrum-verify merged/')
 def verify_cli(
     out:str, # Folder that spectrum-merge wrote
     models:Annotated[str, "Where inputs are now, each NAME=PATH (base=PATH too), "
@@ -228,14 +267,15 @@ def verify_cli(
     "Whether a merged folder is what it says: hash inputs, make tensors again, compare every bit"
     from spectrum_merging.operations import computed_with
     from spectrum_merging.verify import verify
-    given = _named(models or [])
-    if given and not isinstance(given, dict): raise ValueError(f"name the inputs: NAME={given[0]}")
+    with usage():
+        given = _named(models or [])
+        if given and not isinstance(given, dict): raise ValueError(f"name the inputs: NAME={given[0]}")
     df = verify(out, given or None, all=all, sample=sample, n_workers=workers)
     again = df[df.check=='made again']
-    if len(again): print(again[['tensor','rule','ok','found']].to_string(index=False))
+    if len(again): say(again[['tensor','rule','ok','found']].to_string(index=False))
     there,here = df.attrs['computed_with'],computed_with()
     if there and there!=here:
-        print(f"merged with {there}, made again with {here}; what is proved is the plan in the folder: SNRs that are "
+        say(f"merged with {there}, made again with {here}; what is proved is the plan in the folder: SNRs that are "
             'measured here may differ from its SNRs in their last digits')
     bad = df[~df.ok]
     if len(bad):
@@ -243,7 +283,7 @@ def verify_cli(
             + bad[['file','tensor','check','found']].to_string(index=False))
     other = {k: int(again.found.str.startswith(k).sum()) for k in ('within rounding', 'cannot be proved here')}
     fitted = int(df.found.str.endswith('fitted, not proved').sum())
-    print(f"{out} is what it says: {len(again)} of {(df.tensor!='').sum()} tensors made again, "
+    say(f"{out} is what it says: {len(again)} of {(df.tensor!='').sum()} tensors made again, "
         f"all checksums and hashes agree" + f'; {fitted} were fitted to inputs and are not proved (on which: {out}/merge.json)'*bool(fitted) + ''.join(f'; {n} {k}' for k,n in other.items() if n))
 
 # %% ../nbs/95_cli.ipynb #c0a10003
@@ -255,8 +295,7 @@ def _columns(given):
     if len(given)>1: raise CliError(f"columns {', '.join(given)}: pass one for all tasks, or NAME=COLUMN for each")
     return given[0]
 
-@call_parse
-@_says_errors
+@command('spectrum-compare mood=mood/ topic=topic/ --base base/ --data mood=mood.csv topic=topic.jsonl --budget 10m --out compared/')
 def compare_cli(
     models:Annotated[str, "Classifiers that were fine-tuned from one base, each NAME=FOLDER, or NAME=FILE with --arch", dict(nargs='+')],
     base:Annotated[str, "The model that they were fine-tuned from", dict(opt=True, required=True)],
@@ -272,26 +311,25 @@ def compare_cli(
 ):
     "Merge your models in many ways, repair, judge on your data, write what was found and the best merge; rerun to continue"
     began = time.perf_counter()
-    models,data = _named(models),_named(data)
-    for what,o in dict(models=models, data=data).items():
-        if not isinstance(o, dict): raise CliError(f"{what} {', '.join(o)}: name each task, for instance mood={o[0]}")
-    columns = dict(text=_columns(text), label=_columns(label))
+    with usage():
+        models,data = _named(models),_named(data)
+        for what,o in dict(models=models, data=data).items():
+            if not isinstance(o, dict): raise CliError(f"{what} {', '.join(o)}: name each task, for instance mood={o[0]}")
+        columns = dict(text=_columns(text), label=_columns(label))
     from spectrum_merging.merge import check_out
     check_out(out) # before what takes seconds to import
     from spectrum_merging.compare import compare, seconds
-    seconds(budget)
-    def say(o): print(_shown(o), flush=True)
+    with usage(): seconds(budget)
     how = dict(unlabelled=tuple(unlabelled or ()), arch=arch, size=size, budget=budget, began=began, seed=seed)
-    try: compare(models, base, data, out, **columns, **how, say=say, progress=sys.stderr.isatty())
-    except KeyboardInterrupt: _stop("interrupted; the same command continues where it stopped")
-    print(f"report, table, figure and the best merge are in {out}; load_model('{out}/merged', task) opens it")
+    try: compare(models, base, data, out, **columns, **how, say=say, progress=bars())
+    except KeyboardInterrupt: stop("interrupted; the same command continues where it stopped")
+    say(f"report, table, figure and the best merge are in {out}; load_model('{out}/merged', task) opens it")
 
 # %% ../nbs/95_cli.ipynb #00000013
-@call_parse
-@_says_errors
+@command('spectrum-bench engine --gigabytes 0.1 --repeats 1')
 def bench_cli(
     what:Annotated[str, "What to measure",
-        dict(choices=['engine','memory','scan','scan-memory','sweep','all'])],
+        dict(choices=['engine','memory','scan','scan-memory','redraw','sweep','all'])],
     gigabytes:float=1.5, # Size of each model: 0.1, 1.5 or 6
     repeats:int=5, # How often each contestant runs
     folder:str=None, # Where the files go (12 GB for 'engine'); a temporary folder by default
@@ -305,6 +343,7 @@ def bench_cli(
         'memory': lambda: b.bench_memory(folder=folder),
         'scan': lambda: b.bench_scan(repeats=repeats),
         'scan-memory': lambda: b.bench_scan_memory(gigabytes, folder),
+        'redraw': b.bench_redraw,
         'sweep': lambda: b.bench_sweep(repeats=repeats)}
     print(b.machine())
     for k,f in runs.items():
@@ -336,11 +375,10 @@ def _experts(experiment, given, base):
 def _print_table(title, df):
     import pandas as pd
     with pd.option_context('display.width', 200, 'display.max_columns', 40):
-        print(f'\n{title}\n{df.to_string(index=False)}', flush=True)
+        say(f'\n{title}\n{df.to_string(index=False)}')
 
 # %% ../nbs/95_cli.ipynb #00000016
-@call_parse
-@_says_errors
+@command('spectrum-run vision --quick')
 def run_cli(
     experiment:Annotated[str, "Which experiment; is-it-signal takes 3 seeds or more", dict(choices=[*_experiments,*_groups])],
     data:str=None, # Folder of FashionMNIST, KMNIST, glue, emotion; else $SPECTRUM_DATA or download
@@ -358,8 +396,8 @@ def run_cli(
     "Train or load experts, merge them by every strategy, evaluate, write tables and figures"
     if not sys.stderr.isatty(): os.environ.setdefault('TQDM_MININTERVAL', '30')
     kinds = _groups.get(experiment, [experiment])
-    experts = _experts(experiment, experts, base)
-    if quick and budget not in (None, 'quick'): raise CliError(f"--quick and --budget {budget}: leave one of them")
+    with usage(): experts = _experts(experiment, experts, base)
+    if quick and budget not in (None, 'quick'): raise Usage(f"--quick and --budget {budget}: leave one of them")
     from spectrum_merging.lab.run import new_folder, run
     out,seen = new_folder(out, experiment),[]
     def show(title, df):
@@ -369,30 +407,38 @@ def run_cli(
         seen.clear()
         res = run(k, data, out/k if len(kinds)>1 else out, budget='quick' if quick else budget or 'full', base=base,
             experts=experts, seed=seed, seeds=seeds, cache=cache, parts=parts.split(',') if parts else None, show=show)
-        for t in res.tasks.values(): print(t['text'])
+        for t in res.tasks.values(): say(t['text'])
         if seeds>1:
             for title,df in res.tables().items(): _print_table(title, df)
-    print(f'\nResults and figures are in {out}')
+    say(f'\nResults and figures are in {out}')
 
 # %% ../nbs/95_cli.ipynb #00000019
-@call_parse
-@_says_errors
+@command('spectrum-explore mood/ topic/ --base base/')
 def explore_cli(
-    folder:str, # Folder of results that spectrum-run wrote
+    models:Annotated[str, "Two or more models, each PATH or NAME=PATH; or one folder of results that spectrum-run wrote", dict(nargs='+')],
+    base:str=None, # The model that they were fine-tuned from
+    heads:str=None, # Prefixes of task heads, comma-separated; 'none' merges heads too
+    out:str='.', # Folder that the page's buttons save to
     port:int=8866, # Where the page is served; the next free one where it is taken
     no_browser:bool=False, # Only serve the page, open no window
 ):
-    "Try strategies on measured merges in a browser; Ctrl-C ends it"
+    "Look at models and at what a merge would make of them, in a browser; Ctrl-C ends it"
     from contextlib import chdir
     from importlib.util import find_spec
     from tempfile import TemporaryDirectory
     from spectrum_merging.files import user_path
-    folder = user_path(folder).absolute()
+    with usage(): models = _named([models] if isinstance(models, str) else models)
+    def at(o): return str(user_path(o).absolute()) if user_path(o).exists() else o
+    results = len(models)==1 and base is None and not isinstance(models, dict) and user_path(models[0]).absolute()
+    models = {k: at(o) for k,o in models.items()} if isinstance(models, dict) else list(map(at, models))
+    base,out,heads = base and at(base),user_path(out).absolute(),heads and ([] if heads=='none' else heads.split(','))
     # matplotlib, Jupyter and voila read settings, and code, from where they are started
     with TemporaryDirectory() as tmp, chdir(tmp):
-        from spectrum_merging.explore import read_folder, serve
-        read_folder(folder)
+        from spectrum_merging.explore import read_folder, serve, write_notebook
+        if results: read_folder(results)
         if not find_spec('voila'):
-            raise CliError("the page needs voila: pip install 'spectrum-merging[browser]'; in a "
-                "notebook, spectrum_merging.explore.MergePanel.from_folder shows the same without it")
-        serve(folder, tmp, port, not no_browser)
+            raise CliError("the page needs voila: pip install 'spectrum-merging[browser]'; in a notebook, "
+                "spectrum_merging.explorer.explore and spectrum_merging.explore.MergePanel.from_folder show the same without it")
+        if results: return serve(write_notebook(results, f'{tmp}/panel.ipynb'), tmp, port, not no_browser)
+        from spectrum_merging.explorer import serve_models
+        serve_models(models, base, tmp, heads=heads, out=out, port=port, browser=not no_browser, progress=bars())

@@ -287,11 +287,13 @@ def measure(
     W, # Tensor, array or `Matrix` with ≥ 2 dimensions
     estimator:str=default_estimator, # A rule of kind 'estimator'
     name:str='W', # What to call it in an error
+    seen=None, # Is called with the `Matrix` and what the estimator gave
 ) -> dict: # `snr`, and what else the estimator says
     "What an estimator says of a matrix. Raises `ValueError` (estimator) or what `as_matrix` raises"
     what = recipe(estimator, 'estimator', 'estimator')
     plain = dict(W=as_matrix(W, name)) if what.rule.asks('W') else {}
     found = what(M=W, name=name, **plain)
+    if seen: seen(matrix(W, name), found)
     if isinstance(found, Spectrum): return {k: getattr(found, k) for k in _columns}
     found = found if isinstance(found, dict) else dict(snr=found)
     if np.ndim(found.get('snr')) or found.get('snr') is None:

@@ -9,15 +9,17 @@ __all__ = ['FITTED', 'update_plan', 'mixture', 'Plan', 'unit_snrs', 'model_scans
            'plan_table', 'check_options', 'make_plan']
 
 # %% ../nbs/40_plan.ipynb #00000003
-import csv, hashlib, html, json, numpy as np, pandas as pd
+import csv, hashlib, json, numpy as np, pandas as pd
+from collections.abc import Callable
 from dataclasses import dataclass
 from fastcore.basics import patch
+from functools import cached_property
 from pathlib import Path
 from . import __version__, operations # whose rules add themselves
 from .files import atomic, csv_cells, free_file, read_text
-from .heads import task_heads
-from .preflight import guesses, name_models, plan_settings, preflight, row_columns
-from .rules import Recipe, recipe, rules
+from .preflight import Opened, name_models, open_models, plan_settings, row_columns
+from .rules import Estimator, Recipe, Strategy, recipe, rules
+from .shown import html_table
 from .edges import default_estimator
 from .strategies import check_cut, cut_value
 from .units import by_depth, head_name, is_head, tensor_name
@@ -52,18 +54,13 @@ class Plan:
     ):
         "Check the table. Raises `ValueError` for a missing column or value or a repeated name"
         self.models,self.meta = list(meta['models']),meta
-        if lost := [o for o in row_columns+self.models if o not in table]:
-            raise ValueError(f"the plan lacks the columns {lost}")
-        if (dup := table.name[table.name.duplicated()]).size:
-            raise ValueError(f"the plan names {dup.iloc[0]!r} twice")
+        if lost := [o for o in row_columns+self.models if o not in table]: raise ValueError(f"the plan lacks the columns {lost}")
+        if (dup := table.name[table.name.duplicated()]).size: raise ValueError(f"the plan names {dup.iloc[0]!r} twice")
         bad = table.name[~np.isfinite(table[['base']+self.models].to_numpy(float)).all(1)]
-        if bad.size:
-            raise ValueError(f"the plan's row {bad.iloc[0]!r} has a coefficient "
-                "that is no finite number")
+        if bad.size: raise ValueError(f"the plan's row {bad.iloc[0]!r} has a coefficient that is no finite number")
         for k,o in dict(zip(table.op, table.name)).items():
             try: _canonical(k)
-            except ValueError as e:
-                raise ValueError(f"the plan's row {o!r} (op {k!r}, not 'linear'): {e}") from e
+            except ValueError as e: raise ValueError(f"the plan's row {o!r} (op {k!r}, not 'linear'): {e}") from e
         self.table = table.reset_index(drop=True)
 
     def coefs(self, row) -> dict:
@@ -78,11 +75,18 @@ class Plan:
             for r in self.table.to_dict('records'))
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
-    def _repr_html_(self): return f'<p>{html.escape(self._title())}</p>' + self.table._repr_html_()
+    explain:Callable; diff:Callable; save:Callable; load:'Callable[..., Plan]' # patched in below
+
+    def plot(self):
+        "What each layer is made of, and the SNRs that decided (see `plot_plan`)"
+        from spectrum_merging.pictures import plot_plan
+        return plot_plan(self.table, self.models, cut=self.meta.get('cut'), title=self._title())
+
+    def _repr_html_(self): return html_table(self.table, self._title())
     def __repr__(self): return f'Plan({self._title()})'
     def _title(self):
-        return (f"{self.meta.get('strategy', 'edited')} of {', '.join(self.models)}: "
-            f"{len(self.table)} tensors, digest {self.digest}")
+        made = self.meta.get('strategy', 'edited')
+        return f"{made} of {', '.join(self.models)}: {len(self.table)} tensors, digest {self.digest}"
 
 # %% ../nbs/40_plan.ipynb #0000000b
 def _paper_decided(infos, paper, aliases):
@@ -99,9 +103,9 @@ def unit_snrs(
     scans:dict, # `{model: Series of SNR by tensor}`
 ) -> pd.DataFrame: # (K, N) by unit, heads left out
     "SNR per unit: mean of its matrices' SNRs, weighted by their number of values"
-    size = pd.Series({k: o.numel for k,o in infos.items()})
+    size,role = pd.Series({k: o.numel for k,o in infos.items()}),units.role.to_dict()
     def pooled(s):
-        s = s[[k for k in s.index if units.role[k]!='head']]
+        s = s[[k for k in s.index if role[k]!='head']]
         w,u = size[s.index],units.unit[s.index]
         return (s*w).groupby(u, sort=False).sum()/w.groupby(u, sort=False).sum()
     return pd.DataFrame({m: pooled(s) for m,s in scans.items()})
@@ -136,8 +140,7 @@ def model_scans(
                 heads=heads, progress=progress)
             except ValueError as e: raise ValueError(f"model {m}: {e}") from e
     if list(scans)!=list(models):
-        raise ValueError(f"scans are of {list(scans)}, the models are {list(models)}: "
-            "use the same names")
+        raise ValueError(f"scans are of {list(scans)}, the models are {list(models)}: use the same names")
     for m,df in scans.items(): _check_scan(m, df, dict(estimator=estimator, of=of))
     return {m: df.set_index('name') for m,df in scans.items()}
 
@@ -152,6 +155,13 @@ class Decision:
     snrs:pd.DataFrame=None # What was looked at, a column per model
     passes:pd.Series=None # Whether the largest SNR is above the cut
     cut:float=None # SNR that had to be passed
+
+    @cached_property
+    def rows(self):
+        "`{layer: what its rows get}`"
+        snrs = None if self.snrs is None else self.snrs.add_prefix('snr_')
+        return pd.concat([self.coefs, snrs, None if self.passes is None else self.passes.rename('passes'),
+            self.reasons.rename('reason')], axis=1).to_dict('index')
 
 def layer_cut(
     snrs:pd.DataFrame, # (K, N) SNRs
@@ -222,10 +232,7 @@ def _kept(row, models, pooled):
 
 def _decided(said, key):
     "What a decision says of the layer `key`"
-    if key not in said.coefs.index: return said.rest | dict(reason=said.rest_reason)
-    snrs = {} if said.snrs is None else {f'snr_{m}': v for m,v in said.snrs.loc[key].items()}
-    passes = {} if said.passes is None else dict(passes=said.passes[key])
-    return said.coefs.loc[key].to_dict() | snrs | passes | dict(reason=said.reasons[key])
+    return said.rows.get(key) or said.rest | dict(reason=said.rest_reason)
 
 def plan_table(
     units:pd.DataFrame, # From `preflight`
@@ -283,11 +290,9 @@ def check_options(
     if (scale := options.get('scale')) is not None and not np.isfinite(scale):
         raise ValueError(f"scale is {scale}: pass a finite number")
     if protocol=='paper' and n_models!=2:
-        raise ValueError(f"protocol='paper' is defined for 2 models, not {n_models}; "
-            "use protocol='unit'")
+        raise ValueError(f"protocol='paper' is defined for 2 models, not {n_models}; use protocol='unit'")
     if protocol=='paper' and heads:
-        raise ValueError(f"protocol='paper' averages heads, but heads={heads}: "
-            "use protocol='unit' to keep them")
+        raise ValueError(f"protocol='paper' averages heads, but heads={heads}: use protocol='unit' to keep them")
 
 # %% ../nbs/40_plan.ipynb #00000019
 def _layers(what, models, base, units, paper, estimator, of, scans, progress):
@@ -314,12 +319,12 @@ def _note(what, scale, estimator, of, threshold, top, cut):
 
 # %% ../nbs/40_plan.ipynb #0000001a
 def make_plan(
-    strategy:str, # A rule of kind 'layer' or 'matrix': 'snr_winner', 'lines(slope=1)', 'tsv_m' …
-    models, # List of models, or `{task: model}`; each anything `Checkpoint` opens
+    strategy:'Strategy|str', # A rule of kind 'layer' or 'matrix': 'snr_winner', 'lines(slope=1)', 'tsv_m' …
+    models, # List of models, or `{task: model}`, each anything `Checkpoint` opens; or what `open_models` gives
     base=None, # The model that they were fine-tuned from
     *,
     scale:float=None, # λ of updates; by default 1 for operations on updates, else 1 / number of models
-    estimator:str=None, # A rule of kind 'estimator'; by default `default_estimator`
+    estimator:'Estimator|str'=None, # A rule of kind 'estimator'; by default `default_estimator`
     of:str=None, # 'weights' or 'update'; by default the update with a base, weights for 'paper'
     threshold:float=None, # SNR to pass
     top:float=None, # Share of layers to pass, in %; 50 where neither is given
@@ -332,19 +337,20 @@ def make_plan(
 ) -> Plan:
     "Decide every tensor. Raises `ValueError` (`TypeError` for a lone path) before any merging"
     if isinstance(models, (str, Path)): name_models(models)
-    named = isinstance(models, dict)
-    what,paper = recipe(strategy, ('layer','matrix'), 'strategy'),protocol=='paper'
-    r = what.rule
+    what,paper,ready = recipe(strategy, ('layer','matrix'), 'strategy'),protocol=='paper',isinstance(models, Opened)
+    if ready and (paper or not base is heads is out is files_from is None): raise ValueError("the models are opened: give base, "
+        "heads and files_from to open_models, and models as they are for protocol='paper' or out=")
+    r,opened = what.rule,models if ready else None
+    if ready: models,base = opened.models,opened.base
     check_options(what, len(models), base, protocol=protocol, heads=heads, scale=scale,
         estimator=estimator, of=of, threshold=threshold, top=top)
     estimator = recipe(estimator or default_estimator, 'estimator', 'estimator').text
     if r.asks('snr', 'hi'):
         from spectrum_merging.scan import resolve_of
         of = 'weights' if paper and of is None else resolve_of(of, base)
-    models,base = name_models(models, base)
+    opened = opened or open_models(models, base, [] if paper else heads, out, files_from, r.base or of=='update')
+    models,base,units = opened.models,opened.base,opened.units.copy()
     names,first = list(models),next(iter(models.values()))
-    found = task_heads(models, base, named) if heads is None and not paper else None
-    units = preflight(models, base if r.base or of=='update' else None, [] if paper else found or heads, out, files_from)
     if r.scaled: # tied tensors are treated as what they are tied to
         if scale is None: scale = 1. if r.kind=='matrix' and r.adds else 1/len(models)
         units['role'] = [o if o=='head' else units.role.get(first.aliases.get(k), o)
@@ -353,16 +359,15 @@ def make_plan(
     if r.kind=='layer':
         layers,snrs,unfit = _layers(what, models, base, units, paper, estimator, of, scans, progress)
         if not layers and r.asks('snr', 'hi', 'scale'):
-            raise ValueError("no layer is left to decide: all matrices belong to heads, or there is none; "
-                "see find_units")
+            raise ValueError("no layer is left to decide: all matrices belong to heads, or there is none; see find_units")
         said = decide_layers(what, layers, names, snrs, scale=scale, threshold=threshold, top=top,
             paper=paper)
     leader = {k: first.aliases.get(k, k) for k in units.index} if paper else None
-    table = plan_table(units, first.infos, names, what, said, scale, leader, bool(found and found.pooled))
+    table = plan_table(units, first.infos, names, what, said, scale, leader, bool(opened.heads and opened.heads.pooled))
     if unfit: table = table.assign(unfit=[', '.join(m for m in unfit if k in unfit[m]) for k in table.name])
     return Plan(table, dict(models=names, strategy=what.text, protocol=protocol, version=__version__)
         | ({'unfit': {m: len(o) for m,o in unfit.items()}} if unfit else {})
-        | dict(notes=guesses(models, base, found, units)) | _note(what, scale, estimator, of, threshold, top, said and said.cut))
+        | dict(notes=opened.notes) | _note(what, scale, estimator, of, threshold, top, said and said.cut))
 
 # %% ../nbs/40_plan.ipynb #0000f022
 update_plan = make_plan # Where the strategy is an operation on updates
@@ -393,13 +398,10 @@ def diff(
 ) -> pd.DataFrame: # Rows that differ: name, what this plan does, what the other does
     "Where two plans differ in what they do. Raises `ValueError` for other models"
     if self.models!=other.models:
-        raise ValueError(f"the plans merge {self.models} and {other.models}: "
-            "compare plans of the same models")
-    a,b = ({r['name']: (_key(self.coefs(r)), r['op']) for _,r in p.table.iterrows()}
-        for p in (self, other))
+        raise ValueError(f"the plans merge {self.models} and {other.models}: compare plans of the same models")
+    a,b = ({r['name']: (_key(self.coefs(r)), r['op']) for r in p.table.to_dict('records')} for p in (self, other))
     names = [k for k in dict.fromkeys([*a, *b]) if a.get(k)!=b.get(k)]
-    return pd.DataFrame([dict(name=k, this=_words(a.get(k)), other=_words(b.get(k)))
-        for k in names], columns=['name','this','other'])
+    return pd.DataFrame([(k, _words(a.get(k)), _words(b.get(k))) for k in names], columns=['name','this','other'])
 
 def _key(coefs): return tuple((k, v) for k,v in coefs.items() if v)
 def _words(key): return 'absent' if key is None else mixture(dict(key[0]), key[1])

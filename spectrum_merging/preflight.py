@@ -6,17 +6,18 @@ Docs: nbs/38_preflight.ipynb"""
 
 # %% auto #0
 __all__ = ['row_columns', 'check_model_name', 'name_models', 'plan_settings', 'listed', 'PreflightError', 'out_problems',
-           'guesses', 'beside_notes', 'slips', 'preflight']
+           'guesses', 'beside_notes', 'slips', 'preflight', 'Opened', 'open_models']
 
 # %% ../nbs/38_preflight.ipynb #00000003
 import numpy as np, pandas as pd, re, shutil
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from .checkpoint import Checkpoint
 from .arithmetic import number_types, storage, widen
 from .beside import config_conflicts, files_beside, tokenizer_conflicts
 from .files import parse_json, user_path
-from .heads import Heads, find_heads, head_notes
+from .heads import Heads, find_heads, head_notes, task_heads
 from .matrices import doubtful, layouts, owner_of, parameter_of
 from .names import align
 from .units import find_units, is_head
@@ -303,3 +304,28 @@ def preflight(
     if all(units.role=='head'):
         raise ValueError("every tensor belongs to a head: name the heads with heads=[...]")
     return units[[all(k in o for o in infos.values()) for k in units.index]]
+
+# %% ../nbs/38_preflight.ipynb #ed380001
+@dataclass(frozen=True)
+class Opened:
+    "Models that fit together: what every plan of them begins with"
+    models:dict # `{name: Checkpoint}`
+    base:Checkpoint # Or None
+    heads:Heads # What was found to belong to tasks; None where the user said it
+    units:pd.DataFrame # Unit and role of each tensor
+    notes:list # What was decided by a guess, in sentences
+
+def open_models(
+    models, # List of models, or `{task: model}`
+    base=None, # The model that they were fine-tuned from
+    heads:list=None, # Prefixes of task heads; None finds them, [] merges them like everything else
+    out=None, # Folder that the merge will be written to
+    files_from:str=None, # Model whose configuration counts where they contradict each other
+    fits:bool=True, # Whether the base must fit, too
+) -> Opened:
+    "Open and compare. Raises `PreflightError`, what `name_models` raises"
+    named = isinstance(models, dict)
+    models,base = name_models(models, base)
+    found = task_heads(models, base, named) if heads is None else None
+    units = preflight(models, base if fits else None, found or heads, out, files_from)
+    return Opened(models, base, found, units, guesses(models, base, found, units))

@@ -9,6 +9,7 @@ __all__ = ['resolve_of', 'scan']
 
 # %% ../nbs/20_scan.ipynb #00000003
 import numpy as np, pandas as pd
+from functools import partial
 from math import hypot
 from .arithmetic import number_types, storage, widen
 from .checkpoint import Checkpoint
@@ -16,7 +17,8 @@ from .edges import default_estimator, measure
 from .matrices import flat_layout, layouts
 from .names import align
 from .parallel import Bar, map_single_threaded, n_cores
-from .rules import recipe
+from .rules import Estimator, recipe
+from .shown import html_table
 from .spectrum import Matrix, matrix
 from .units import find_units
 
@@ -70,6 +72,16 @@ def _pooled(found):
         return float(np.mean(values)) if isinstance(values[0], (int, float, np.number)) else values[0]
     return {k: pool(k, [o[k] for o in found]) for k in found[0]}
 
+# %% ../nbs/20_scan.ipynb #5ca70001
+class Scan(pd.DataFrame):
+    "What `scan` found; a table that is made from it is a plain `DataFrame`"
+    @property
+    def _constructor(self): return pd.DataFrame
+    def _repr_html_(self):
+        how = [' and '.join(dict.fromkeys(map(str, self[k]))) for k in ('of','estimator') if k in self]
+        said = [f"SNR of {' by '.join(how) or 'matrices'}: {len(self)} tensors", *self.attrs.get('notes', [])]
+        return html_table(self.drop(columns=['unit','of','estimator'], errors='ignore'), '; '.join(said))
+
 # %% ../nbs/20_scan.ipynb #00000008
 def _comparable(name, infos, base, role):
     "Whether the base has this tensor; a head may be missing there or have other classes"
@@ -90,11 +102,12 @@ def scan(
     model, # Anything `Checkpoint` opens
     base=None, # The model it was fine-tuned from, likewise
     *,
-    estimator:str=default_estimator, # A rule of kind 'estimator', see `edges`
+    estimator:'Estimator|str'=default_estimator, # A rule of kind 'estimator', see `edges`
     of:str=None, # 'weights' or 'update'; by default the update where there is a base
     heads:list=None, # Prefixes of task heads, which the base may lack; None goes by the usual names
     n_workers:int=None, # Layers measured side by side; by default one per core
     progress:bool=True, # Show a progress bar
+    seen=None, # Is called with name, number of the matrix, `Matrix` and what the estimator gave of it
 ) -> pd.DataFrame: # One row per tensor: name, unit, role, shape, snr, more of `measure`, estimator, of, layout, matrices
     "Measure every matrix of a model, several of one tensor each by itself. Raises what `Checkpoint`, `measure` and `resolve_of` raise"
     what = recipe(estimator, 'estimator', 'estimator')
@@ -109,12 +122,12 @@ def scan(
     if base: names = [k for k in names if _comparable(k, infos, base, units.role[k])]
     if not names: raise ValueError(f"{model.label} holds no matrix to measure")
     jobs = sorted(names, key=lambda k: -infos[k].numel*min(laid[k].matrix))
-    def one(k): return _pooled([measure(_matrix(k, model, base, laid[k], i), what.text, k)
+    def one(k): return _pooled([measure(_matrix(k, model, base, laid[k], i), what.text, k, seen and partial(seen, k, i))
         for i in range(laid[k].count)])
     found = map_single_threaded(one, jobs, n_workers or n_cores())
     rows = dict(zip(jobs, Bar(found, total=len(jobs), desc='scan', unit='layer',
         disable=not progress, leave=False)))
-    res = pd.DataFrame([dict(name=k, unit=units.unit[k], role=units.role[k], shape=infos[k].shape,
+    res = Scan([dict(name=k, unit=units.unit[k], role=units.role[k], shape=infos[k].shape,
         **rows[k], estimator=what.text, of=of, layout=laid[k].kind+'?'*(not laid[k].sure),
         matrices=laid[k].count) for k in names])
     res.attrs['notes'] = [*model.notes, *(base.notes if base else ())] # what was decided by a guess

@@ -18,6 +18,7 @@ import numpy as np, sys
 from scipy.optimize import brentq
 from scipy.special import gammaincinv, ndtri
 from .rules import Choice, rule
+from .shown import html_fields
 
 # %% ../nbs/00_spectrum.ipynb #00000007
 PIECE = 1<<20 # Numbers of a matrix that are in fp64 at one time
@@ -267,6 +268,9 @@ class Spectrum:
 
     @property
     def beta(self): return self.m/self.n
+    def _repr_html_(self):
+        said = {k: getattr(self, k) for k in self.__dataclass_fields__ if k not in ('eigs','theta','unit','edge_error')}
+        return html_fields(said, f'Spectrum of {self.m} × {self.n}: SNR {self.snr:.4g}, {self.n_spikes} spikes')
 
 
 

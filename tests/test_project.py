@@ -55,7 +55,7 @@ def test_entry_points():
 def test_wheel_holds_all_modules(tmp_path):
     names,meta = wheel(root, tmp_path)
     have = {o for o in names if o.startswith('spectrum_merging/')}
-    assert have=={o.relative_to(root).as_posix() for o in (root/'spectrum_merging').rglob('*.py')}
+    assert have=={o.relative_to(root).as_posix() for o in (root/'spectrum_merging').rglob('*.py')} | {'spectrum_merging/py.typed'}
     assert meta.get_all('Project-URL') is None
     assert meta.get_payload().strip()==(root/'README.md').read_text(encoding='utf-8').strip()
 
@@ -138,6 +138,9 @@ def test_docs_build():
         assert page.is_file() and page.with_suffix('.html.md').is_file()
     said = (site/'experiments/bert_sst2_cola.html').read_text(encoding='utf-8')
     assert re.search(r'<th[^>]*><p>merge − merge, task</p></th>', said) # tables in outputs are tables
+    page = (site/'checkpoint.html.md').read_text(encoding='utf-8')
+    assert 'class Checkpoint(' in page and 'def Checkpoint(' not in page
+    assert not [o.name for o in site.rglob('*.html.md') if '__main__.' in o.read_text(encoding='utf-8')]
     html = (site/'edges.html').read_text(encoding='utf-8')
     assert '<math' in html and 'id="snr"' in html and '<img' in html
     pages = [o for o in site.rglob('*') if o.suffix in ('.html','.md')]

@@ -206,7 +206,7 @@ def test_refused_before_any_work(here, tmp_path, change, words):
 
 def test_refused_by_the_command(here, tmp_path):
     p = run('spectrum-merge', *models(here).values(), '--out', tmp_path/'out', '--repair', 'match', '--inputs', here/'mood.csv')
-    assert p.returncode==1 and 'write --inputs NAME=' in p.stderr and len(p.stderr.strip().splitlines())==1
+    assert p.returncode==2 and 'write --inputs NAME=' in p.stderr and len(p.stderr.strip().splitlines())==1
     assert not list(tmp_path.iterdir())
 
 def test_what_transformers_does_not_open(here, tmp_path):

@@ -12,10 +12,12 @@ import json, numpy as np, pandas as pd
 from collections.abc import Callable
 from dataclasses import dataclass
 from fastcore.basics import patch
+from matplotlib.figure import Figure
 from pathlib import Path
 from ..evaluate import holm, mean_interval, summarise
 from ..layout import read_results, write_results
 from ..plot import plot_snr
+from ..shown import html_table
 
 # %% ../../nbs/lab/40_report.ipynb #00000006
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Results:
         self.rows = as_frame(rows if isinstance(rows, list) else rows.to_dict('records'))
         self.about,self.scans = json.loads(json.dumps(about)),scans
 
+    tables:Callable; figures:Callable; plot:Callable; save:Callable; load:Callable # patched in below
     def part(self, table): return self.rows[self.rows.table==table].dropna(axis=1, how='all')
     @property
     def tasks(self): return self.about['tasks']
@@ -151,6 +154,25 @@ def load(cls:Results,
 ) -> 'Results':
     "The same results again. Raises `FileNotFoundError`, `ValueError`"
     return cls(*read_results(folder))
+
+# %% ../../nbs/lab/40_report.ipynb #5ca70002
+@patch
+def plot(self:Results,
+    name:str=None, # One of `figures()`; the first by default
+    experiment:Experiment=None, # By default the known one of that name
+) -> Figure:
+    "One figure. Raises `ValueError`"
+    found = self.figures(experiment)
+    name = name or next(iter(found))
+    if name not in found: raise ValueError(f"there is no figure {name!r}: choose one of {', '.join(found)}")
+    return found[name]
+
+@patch
+def _repr_html_(self:Results):
+    "All tables, of an unknown experiment the rows"
+    known = self.about['experiment'] in experiments
+    title = f"{self.about['experiment']} of {', '.join(self.tasks)}: {len(self.rows):,} rows, seeds {', '.join(map(str, self.seeds))}"
+    return ''.join(html_table(df, o) for o,df in {title: self.rows[:0], **self.tables()}.items()) if known else html_table(self.rows, title)
 
 # %% ../../nbs/lab/40_report.ipynb #0000000c
 def caption(
