@@ -191,6 +191,9 @@ def test_refuses_models(apart, close, home, tmp_path, monkeypatch):
     shutil.copytree(models['topic'], other)
     with quiet(): tokenizer(special+words[:3:-1]).save_pretrained(other)
     refused((models | dict(topic=other), base, data), home, 'tokenizers of mood and topic differ')
+    (tmp_path/'adapter').mkdir()
+    (tmp_path/'adapter'/'adapter_config.json').write_text('{}')
+    refused((models | dict(topic=tmp_path/'adapter'), base, data), home, 'topic: .* is an adapter: merge it into its base')
     monkeypatch.setattr(module, 'free_memory', lambda: 1000)
     refused(apart, home, 'GB are free')
 
