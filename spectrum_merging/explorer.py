@@ -142,12 +142,13 @@ class Explorer(W.VBox):
     def _chosen(self, change):
         if not self.moving: self.choose(**{change['name']: change['new']})
 
+# %% ../nbs/89_explorer.ipynb #e8000010
 def _first(names):
     "A strategy that looks at SNRs, takes a cut and needs no base, if there is one"
     looks = [k for k in names if rules[k].asks('hi') and not rules[k].base and not rules[k].two_only]
     return (looks or names)[0]
 
-# %% ../nbs/89_explorer.ipynb #e8000011
+# %% ../nbs/89_explorer.ipynb #e8000012
 @patch
 def _moved(self:Explorer, change):
     "A control was moved by hand"
@@ -167,7 +168,7 @@ def _moved(self:Explorer, change):
 
 def _short(v): return float(f'{v:.4g}') # what can be read is what counts
 
-# %% ../nbs/89_explorer.ipynb #e8000012
+# %% ../nbs/89_explorer.ipynb #e8000013
 @patch
 def _show_state(self:Explorer):
     "Put the state into the controls"
@@ -191,7 +192,7 @@ def _show_state(self:Explorer):
         c['scale'].min,c['scale'].max = min(c['scale'].min, scale),max(c['scale'].max, scale)
         c['scale'].value = scale
 
-# %% ../nbs/89_explorer.ipynb #e8000013
+# %% ../nbs/89_explorer.ipynb #e8000014
 @patch
 def _show_threshold(self:Explorer):
     "A slider from below the smallest to above the largest SNR"
@@ -204,7 +205,7 @@ def _show_threshold(self:Explorer):
     else: slider.min,slider.max = low,high
     slider.value = self.threshold
 
-# %% ../nbs/89_explorer.ipynb #e8000015
+# %% ../nbs/89_explorer.ipynb #e8000016
 @patch
 def _layers(self:Explorer):
     "Matrices that can be looked at"
@@ -219,7 +220,7 @@ def _measure(self:Explorer):
             self.controls['words'].value = f'Measuring {of} by {html.escape(self.estimator)} …'
         self.survey.measure(self.estimator, of)
 
-# %% ../nbs/89_explorer.ipynb #e8000016
+# %% ../nbs/89_explorer.ipynb #e8000017
 @patch
 def _draw(self:Explorer):
     "Plan and pictures of the state; a refusal in words"
@@ -247,7 +248,7 @@ def _same_layer(layer, names, scans):
     top = max((df.loc[df.snr.idxmax(), ['snr','name']].tolist() for df in scans.values()), key=lambda o: o[0])[1]
     return next((k for o in (layer, top) for k in names if of(k)==of(o)), names[0])
 
-# %% ../nbs/89_explorer.ipynb #e8000017
+# %% ../nbs/89_explorer.ipynb #e8000018
 def plan_words(
     plan, # `Plan`
     changed:list=None, # Names of tensors that the last step changed
@@ -296,7 +297,7 @@ def command(self:Explorer) -> str:
     s = self.survey
     return merge_command(s.given, s.given_base, self.strategy, s.heads, **self.asked)
 
-# %% ../nbs/89_explorer.ipynb #e8000019
+# %% ../nbs/89_explorer.ipynb #e800001a
 @patch
 def _keep(self:Explorer, files):
     "Write `{name: bytes}`; what is there with other contents is left alone, and the file is numbered"
@@ -343,7 +344,7 @@ def _repr_mimebundle_(self:Explorer, **kwargs):
     "The live controls, and a picture of them for pages that have no kernel"
     return W.VBox._repr_mimebundle_(self, **kwargs) | {'image/svg+xml': self.picture}
 
-# %% ../nbs/89_explorer.ipynb #e800001b
+# %% ../nbs/89_explorer.ipynb #e800001c
 def explore(
     a, # A model, anything `Checkpoint` opens; or several, in a list or as `{task: model}`
     b=None, # The other model
@@ -361,7 +362,7 @@ def explore(
     models = a if b is None else [a, b]
     return Explorer(Survey(models, base, heads=heads, folder=folder or cache_dir()/'survey', n_workers=n_workers, progress=progress), out=out, **choice)
 
-# %% ../nbs/89_explorer.ipynb #e8000022
+# %% ../nbs/89_explorer.ipynb #e8000023
 def serve_models(
     models, # List of paths, or `{task: path}`
     base, # Path, or None
