@@ -21,7 +21,7 @@ from .pictures import overlaps, spectrum_of
 from .plan import make_plan, unit_snrs
 from .preflight import open_models
 from .rules import recipe
-from .scan import scan
+from .scan import Scan, scan
 from .spectrum import Spectrum, gram
 from .units import is_head
 from zipfile import BadZipFile
@@ -161,7 +161,7 @@ def _overlap(names, values, attrs):
 
 def _scan(columns, rows, attrs):
     "A scan as it was"
-    df = pd.DataFrame(rows, columns=columns)
+    df = Scan(rows, columns=columns)
     df['shape'] = [tuple(o) for o in df['shape']]
     df.attrs.update(attrs)
     return df
