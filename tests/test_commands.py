@@ -88,14 +88,17 @@ def test_example_of_explore(d):
     "Serves until Ctrl-C; without voila says what to install"
     at = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=d, env=os.environ|dict(BROWSER='true'))
     words = shlex.split(example('spectrum-explore'))
-    p = subprocess.Popen([scripts/words[0], *words[1:]], **at)
+    # what runs in the background of a shell ignores Ctrl-C, and so would its children
+    p = subprocess.Popen([scripts/words[0], *words[1:]], **at, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     if not find_spec('voila'):
         _,err = p.communicate(timeout=300)
         assert p.returncode==1 and 'pip install' in err, err
         return
-    line = next((o for o in p.stdout if 'http' in o), None)
-    p.send_signal(signal.SIGINT)
-    p.communicate(timeout=60)
+    try:
+        line = next((o for o in p.stdout if 'http' in o), None)
+        p.send_signal(signal.SIGINT)
+        p.communicate(timeout=60)
+    finally: p.kill()
     assert line
 
 @pytest.mark.parametrize('line, status, says', [
