@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from fastcore.basics import patch
 from math import prod
 from pathlib import Path
-from .batches import mask_of, n_inputs, one_size, taken
+from .batches import mask_of, n_inputs, one_size, parted
 from .blocks import Cut, alike, calls, on_demand, run_outside
 from .checkpoint import Checkpoint
 from .journal import Partial
@@ -143,7 +143,7 @@ def portions(
         fixed = len(cut.width)>1 and not mask_of(x, cut.frame.model)
         long = max(next((o.shape[1] for o in x.values() if o.ndim==2), 1), cut.width[0] if fixed else 1)
         step = max(1, _wide//(most*long))
-        return [taken(x, lambda o: o[i:i+step]) for i in range(0, n_inputs(x), step)]
+        return parted(x, step)
     return [o for x in batches for o in parts(x)]
 
 # %% ../nbs/70_carried.ipynb #5e440668

@@ -12,7 +12,7 @@ import copy, numpy as np, torch, torch.nn.functional as F
 from collections.abc import Callable
 from torch import Tensor, nn
 from .activations import evaluating
-from .batches import feed, mask_of, n_inputs, prepared, taken
+from .batches import at_mask, feed, mask_of, n_inputs, parted, prepared, taken
 from .units import is_head
 
 # %% ../nbs/68_distil.ipynb #d1000007
@@ -25,7 +25,7 @@ def answers(
     z = getattr(out, 'logits', out)
     if not isinstance(z, Tensor) or z.ndim<2: raise ValueError(f"{type(model).__name__} gives {type(z).__name__} and no "
         "logits (inputs, …, classes): open it with its task's class, or fit its layers instead")
-    mask = next((o for o in mask_of(x, model) if z.shape[:-1]==o.shape), None)
+    mask = at_mask(z, mask_of(x, model))
     return (z if mask is None else z[mask]).reshape(-1, z.shape[-1]).float()
 
 def _excluding(model):
@@ -76,8 +76,7 @@ def _parts(batches, size=_step):
     n = sum(map(n_inputs, batches))
     if n<2*_aside: raise ValueError(f"{n} inputs: some are set aside to judge by, pass {2*_aside} or more per task")
     size = min(size, -(-n//_aside))
-    def cut(x): return [taken(x, lambda o: o[i:i+size]) for i in range(0, n_inputs(x), size)]
-    return [o for x in batches for o in cut(x)]
+    return [o for x in batches for o in parted(x, size)]
 
 def _divided(own):
     "`(task, number)` of parts to train on, and of those set aside"
@@ -102,15 +101,14 @@ def _judged(loss, aside):
 # 1 GiB in float32; the words of a vocabulary at every position are asked for again in each round
 _held = 1<<28 # Numbers of the experts' answers in memory at most
 
-@torch.no_grad()
 def _wanted(experts, own):
     "Function of a task and the number of a part: what its expert answers"
     @torch.no_grad()
     def ask(t, i):
         with evaluating(experts[t]): return answers(experts[t], own[t][i])
-    size = sum(ask(t, 0).numel()*len(o) for t,o in own.items())
-    if size>_held: return ask
-    known = {t: [ask(t, i) for i in range(len(o))] for t,o in own.items()}
+    first = {t: ask(t, 0) for t in own}
+    if sum(first[t].numel()*len(o) for t,o in own.items())>_held: return ask
+    known = {t: [first[t], *(ask(t, i) for i in range(1, len(o)))] for t,o in own.items()}
     return lambda t, i: known[t][i]
 
 def check_answers(

@@ -6,21 +6,21 @@ Docs: nbs/lab/28_completions.ipynb"""
 
 # %% auto #0
 __all__ = ['asked_of', 'full_completions', 'quick_completions', 'lora_completions', 'Asked', 'asked_for', 'encoded', 'padded',
-           'completion_scores', 'CompletionBudget', 'open_decoder', 'completion_recipe', 'completion_expert',
-           'Completions', 'tiny_decoder', 'loss_rows']
+           'of_completion', 'completion_scores', 'CompletionBudget', 'open_decoder', 'completion_recipe',
+           'completion_expert', 'Completions', 'tiny_decoder', 'loss_rows']
 
 # %% ../../nbs/lab/28_completions.ipynb #c1000003
-import json, numpy as np, torch, torch.nn.functional as F
+import numpy as np, torch, torch.nn.functional as F
 from dataclasses import dataclass, replace
 from pathlib import Path
 from torch import nn
 from ..activations import input_grams
 from ..chain import Merge
-from ..files import atomic_folder, cache_dir, digest
+from ..files import digest
 from .decoders import smollm_base
 from .tasks import Task, take
-from .texts import load_tokenizer, vocabulary
-from .training import Base, Kind, device, fast, has_bf16
+from .texts import load_tokenizer, trained_once, training_arguments, vocabulary
+from .training import Base, Kind, device, fast
 from ..parallel import quiet
 
 # %% ../../nbs/lab/28_completions.ipynb #c1000006
@@ -65,14 +65,23 @@ def encoded(
 
 def padded(
     rows:list, # From `encoded`
-    pad:int=0, # Token behind the end
 ) -> dict: # input_ids, attention_mask
     "A batch, as `transformers` takes it"
     long = max(len(ids) for ids,_ in rows)
-    ids = torch.tensor([[*o, *[pad]*(long-len(o))] for o,_ in rows])
+    ids = torch.tensor([[*o, *[0]*(long-len(o))] for o,_ in rows])
     mask = torch.tensor([[1]*len(o)+[0]*(long-len(o)) for o,_ in rows])
     return dict(input_ids=ids, attention_mask=mask)
 
+def of_completion(
+    rows:list, # From `encoded`
+    x:dict, # Their batch, from `padded`
+) -> torch.Tensor: # (rows, tokens) bool
+    "Which tokens are of completions"
+    ends,n = x['attention_mask'].sum(1)[:,None],torch.tensor([k for _,k in rows])[:,None]
+    spot = torch.arange(x['input_ids'].shape[1])[None]
+    return (spot>=ends-n) & (spot<ends)
+
+# %% ../../nbs/lab/28_completions.ipynb #c1fca95f
 @torch.inference_mode()
 def completion_scores(
     model:nn.Module, # A causal language model
@@ -84,16 +93,14 @@ def completion_scores(
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
     for at in range(0, len(order), size):
         ix = order[at:at+size]
-        x = padded([rows[i] for i in ix])
+        part = [rows[i] for i in ix]
+        x = padded(part)
         # what a token says of the next one, where the next one is of the completion
-        ends = x['attention_mask'].sum(1)
-        n = torch.tensor([rows[i][1] for i in ix])
-        spot = torch.arange(x['input_ids'].shape[1])[None]
-        counts = (spot>=(ends-n-1)[:,None]) & (spot<(ends-1)[:,None])
+        counts = of_completion(part, x)[:,1:]
         with fast():
-            hidden = model.base_model(**{k: v.to(where) for k,v in x.items()}).last_hidden_state[counts.to(where)]
+            hidden = model.base_model(**{k: v.to(where) for k,v in x.items()}).last_hidden_state[:,:-1][counts.to(where)]
             logits = model.get_output_embeddings()(hidden).float()
-        wanted = x['input_ids'][:,1:][counts[:,:-1]].to(where)
+        wanted = x['input_ids'][:,1:][counts].to(where)
         said = -F.cross_entropy(logits, wanted, reduction='none').double().cpu()
         owner = torch.arange(len(ix))[:,None].expand_as(counts)[counts]
         res[ix] = torch.zeros(len(ix), dtype=torch.double).index_add_(0, owner, said).numpy()
@@ -130,14 +137,6 @@ def _drawn(task, recipe):
     while len(found)<n: found += rng.permutation(len(task.x)).tolist()
     return found[:n]
 
-def _arguments(folder, recipe):
-    "`TrainingArguments` of a recipe"
-    from transformers import TrainingArguments
-    return TrainingArguments(str(folder), learning_rate=recipe['lr'], max_steps=recipe['steps'],
-        per_device_train_batch_size=recipe['batch'], seed=recipe['seed'], warmup_steps=.1, lr_scheduler_type='linear',
-        weight_decay=0., bf16=has_bf16(), use_cpu=device()=='cpu', save_steps=50, save_total_limit=1, logging_strategy='no',
-        report_to='none', disable_tqdm=True, dataloader_pin_memory=False)
-
 def open_decoder(
     path, # Folder or hub id
 ) -> nn.Module: # In float32, in evaluation mode
@@ -153,12 +152,9 @@ class _Ordered(torch.utils.data.Dataset):
     def __getitem__(self, i): return dict(row=self.rows[i])
 
 def _collate(items):
-    x = padded([o['row'] for o in items])
-    labels,ends = x['input_ids'].clone(),x['attention_mask'].sum(1)
-    n = torch.tensor([o['row'][1] for o in items])
-    spot = torch.arange(labels.shape[1])[None]
-    labels[(spot<(ends-n)[:,None]) | (spot>=ends[:,None])] = -100
-    return x | dict(labels=labels)
+    rows = [o['row'] for o in items]
+    x = padded(rows)
+    return x | dict(labels=x['input_ids'].masked_fill(~of_completion(rows, x), -100))
 
 def _fine_tune(task, base, recipe, folder, lora):
     "The trained model; states are kept in `folder`, where it goes on when it was stopped"
@@ -173,9 +169,9 @@ def _fine_tune(task, base, recipe, folder, lora):
             model = get_peft_model(model, LoraConfig(r=lora, lora_alpha=2*lora, target_modules='all-linear', task_type='CAUSAL_LM'))
     ix = _drawn(task, recipe)
     rows = encoded(tok, _pairs(task, take(tuple(task.x), ix), np.asarray(task.y)[ix]), recipe['tokens'])
-    args = _arguments(folder, recipe)
-    args.remove_unused_columns = False
     with quiet():
+        args = training_arguments(folder, recipe, max_steps=recipe['steps'], weight_decay=0., save_steps=50, save_total_limit=1,
+            remove_unused_columns=False)
         trainer = Trainer(model, args, train_dataset=_Ordered(rows), data_collator=_collate)
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=next(iter(sorted(Path(folder).glob('checkpoint-*'))), None) and True)
@@ -201,15 +197,7 @@ def completion_expert(
 ) -> Path: # Folder that `from_pretrained` opens
     "The base fine-tuned to complete a task's prompts, from the cache where it is there. Raises `ValueError`"
     recipe = completion_recipe(task, base, budget, seed)
-    home = Path(cache or cache_dir())/'models'/digest(recipe)
-    if (home/'expert'/'config.json').exists(): return home/'expert'
-    model,tok = _fine_tune(task, base, recipe, home/'unfinished', budget.lora)
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise ValueError(f"training {task.name} diverged to NaN or Inf: lower lr={recipe['lr']}")
-    with atomic_folder(home/'expert') as folder, quiet():
-        for o in model,tok: o.save_pretrained(folder)
-        (folder/'recipe.json').write_text(json.dumps(recipe, indent=1), encoding='utf-8')
-    return home/'expert'
+    return trained_once(task.name, recipe, cache, lambda folder: _fine_tune(task, base, recipe, folder, budget.lora))
 
 # %% ../../nbs/lab/28_completions.ipynb #c1000011
 class Completions(Kind):

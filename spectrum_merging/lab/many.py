@@ -54,11 +54,15 @@ def many_settings(
 ) -> dict: # `{method: (recipe, scale)}`
     "Each method's setting that is best on held-out items"
     key = lab.key,tuple(candidates)
-    fit = {k: [o for o in v if len(lab.tasks)==2 or not recipe(o[0]).rule.two_only] for k,v in candidates.items()}
-    if key not in _known: _known[key] = choose(lab, [], {k: v for k,v in fit.items() if v})
+    if key not in _known: _known[key] = choose(lab, [], candidates)
     return _known[key]
 
 # %% ../../nbs/lab/56_many.ipynb #00000008
+def _for(n, candidates):
+    "Those that are defined for `n` models"
+    fit = {k: [o for o in v if n==2 or not recipe(o[0]).rule.two_only] for k,v in candidates.items()}
+    return {k: v for k,v in fit.items() if v}
+
 def many_merges(
     lab:Lab,
     chosen:dict, # From `many_settings`
@@ -82,9 +86,10 @@ def many_rows(
     if lab.seed==tuning_seed: raise ValueError(f"seed is {lab.seed}: settings are chosen on it, score others")
     names,rows = [o for o in order if o in lab.tasks] or list(lab.tasks),[]
     for n in [k for k in sizes if k<=len(names)]:
-        only = {k: v[0] for k,v in candidates.items() if len(v)==1}
+        fit = _for(n, candidates)
+        only = {k: v[0] for k,v in fit.items() if len(v)==1}
         # where nothing is to be chosen, experts of another seed need not be trained
-        found = only if len(only)==len(candidates) else many_settings(first_tasks(lab, names[:n], tuning_seed), candidates)
+        found = only if len(only)==len(fit) else many_settings(first_tasks(lab, names[:n], tuning_seed), fit)
         part,plain = first_tasks(lab, names[:n]),None
         for name,said,m,inputs in many_merges(part, found):
             preds = part.predict(m)

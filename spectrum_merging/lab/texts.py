@@ -6,8 +6,8 @@ Docs: nbs/lab/25_texts.ipynb"""
 
 # %% auto #0
 __all__ = ['full_text', 'quick_text', 'load_classifier', 'load_tokenizer', 'vocabulary', 'find_base', 'tiny_base', 'Padded',
-           'text_batches', 'TextBudget', 'WeightMean', 'balanced_loss', 'whole_checkpoint', 'text_expert',
-           'text_experts', 'Texts']
+           'text_batches', 'TextBudget', 'WeightMean', 'balanced_loss', 'whole_checkpoint', 'training_arguments',
+           'trained_once', 'text_expert', 'text_experts', 'Texts']
 
 # %% ../../nbs/lab/25_texts.ipynb #00000003
 import json, numpy as np, os, shutil, torch
@@ -199,16 +199,16 @@ def whole_checkpoint(
     found = [p for p in folder.glob('checkpoint-*') if (p/_mean).exists()]
     return max(found, key=lambda p: int(p.name.partition('-')[2]), default=None)
 
-def _arguments(folder, recipe):
+def training_arguments(
+    folder, # Where states are kept
+    recipe:dict, # With lr, batch, seed
+    **more, # Of `TrainingArguments`
+):
     "`TrainingArguments` of a recipe"
     from transformers import TrainingArguments
-    return TrainingArguments(str(folder), learning_rate=recipe['lr'], num_train_epochs=recipe['epochs'],
-        per_device_train_batch_size=recipe['batch'], seed=recipe['seed'], warmup_steps=.1,
-        lr_scheduler_type='linear', weight_decay=.01, bf16=has_bf16(), use_cpu=device()=='cpu',
-        train_sampling_strategy='group_by_length',
-        # a step takes a core seconds
-        save_steps=50 if device()=='cpu' else 250, save_total_limit=2, logging_strategy='no', report_to='none',
-        disable_tqdm=True, dataloader_pin_memory=False)
+    return TrainingArguments(str(folder), learning_rate=recipe['lr'], per_device_train_batch_size=recipe['batch'], seed=recipe['seed'],
+        warmup_steps=.1, lr_scheduler_type='linear', bf16=has_bf16(), use_cpu=device()=='cpu', logging_strategy='no', report_to='none',
+        disable_tqdm=True, dataloader_pin_memory=False, **more)
 
 # %% ../../nbs/lab/25_texts.ipynb #00000012
 def _fine_tune(task, base, recipe, folder, tell):
@@ -227,15 +227,16 @@ def _fine_tune(task, base, recipe, folder, tell):
     with quiet():
         model = load_classifier(base.path, task.names, recipe['seed'])
         model.get_input_embeddings().weight.requires_grad_(False)
-        trainer = Trainer(model, _arguments(folder, recipe), train_dataset=rows, processing_class=tok,
+        args = training_arguments(folder, recipe, num_train_epochs=recipe['epochs'], weight_decay=.01,
+            # a step takes a core seconds
+            train_sampling_strategy='group_by_length', save_steps=50 if device()=='cpu' else 250, save_total_limit=2)
+        trainer = Trainer(model, args, train_dataset=rows, processing_class=tok,
             callbacks=[Tell()], compute_loss_func=balanced_loss(task) if recipe['balanced'] else None)
         trainer.remove_callback(PrinterCallback)
         mean,last = WeightMean(model, _steps(task, recipe)),whole_checkpoint(folder)
         if last: mean.load(last)
         trainer.train(resume_from_checkpoint=last)
     mean.apply()
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise ValueError(f"training {task.name} diverged to NaN or Inf: lower lr={recipe['lr']}")
     return model.cpu(),tok
 
 # %% ../../nbs/lab/25_texts.ipynb #00000013
@@ -249,6 +250,28 @@ def _alone(folder):
             fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
+def trained_once(
+    name:str, # Of the task, for an error
+    recipe:dict, # All that makes the expert; JSON
+    cache, # Folder; by default `cache_dir`
+    fine_tune, # `fine_tune(folder for states)` gives a model and its tokenizer
+) -> Path: # Folder that `from_pretrained` opens
+    "An expert from the cache, or trained where no other process does. Raises `ValueError`"
+    home = Path(cache or cache_dir())/'models'/digest(recipe)
+    done = home/'expert'/'config.json'
+    if done.exists(): return home/'expert'
+    with _alone(home):
+        if done.exists(): return home/'expert'
+        model,tok = fine_tune(home/'unfinished')
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise ValueError(f"training {name} diverged to NaN or Inf: lower lr={recipe['lr']}")
+        with atomic_folder(home/'expert') as folder, quiet():
+            for o in model,tok: o.save_pretrained(folder)
+            (folder/'recipe.json').write_text(json.dumps(recipe, indent=1), encoding='utf-8')
+        shutil.rmtree(home/'unfinished', ignore_errors=True)
+    return home/'expert'
+
+# %% ../../nbs/lab/25_texts.ipynb #d1499102
 def text_expert(
     task:Task,
     base:Base, # From `find_base`
@@ -259,20 +282,11 @@ def text_expert(
 ) -> Path: # Folder that `from_pretrained` opens
     "The base fine-tuned on a task, from the cache where it is there. Raises `ValueError`"
     recipe = _recipe(task, base, budget, seed)
-    home = Path(cache or cache_dir())/'models'/digest(recipe)
-    done = home/'expert'/'config.json'
-    if done.exists(): return home/'expert'
-    with _alone(home):
-        if done.exists(): return home/'expert'
+    def fine_tune(folder):
         with tqdm(total=_steps(task, recipe), desc=task.name, unit='step', leave=False,
                 disable=progress is not True) as bar:
-            model,tok = _fine_tune(task, base, recipe, home/'unfinished',
-                progress if callable(progress) else bar.update)
-        with atomic_folder(home/'expert') as folder, quiet():
-            for o in model,tok: o.save_pretrained(folder)
-            (folder/'recipe.json').write_text(json.dumps(recipe, indent=1), encoding='utf-8')
-        shutil.rmtree(home/'unfinished', ignore_errors=True)
-    return home/'expert'
+            return _fine_tune(task, base, recipe, folder, progress if callable(progress) else bar.update)
+    return trained_once(task.name, recipe, cache, fine_tune)
 
 def text_experts(
     jobs:list, # `(Task, TextBudget, seed)` of each expert
