@@ -164,6 +164,7 @@ def _summary(plan):
 def _merged(plan, models, base, out, repair, inputs, text, memory, as_adapter, work, dtype, files):
     "Run a plan, and say what came of it"
     from spectrum_merging.merge import loading, merge
+    out = os.path.normpath(out) # no // in what is said
     if as_adapter: return say(_as_adapter(plan, models, base, out, work | dtype))
     more = work | dtype | files
     try: plan = _fitted(plan, models, base, out, repair, inputs, text, memory, more) if repair or inputs else merge(plan, models, base, out, **more) and plan
@@ -317,13 +318,14 @@ def compare_cli(
             if not isinstance(o, dict): raise CliError(f"{what} {', '.join(o)}: name each task, for instance mood={o[0]}")
         columns = dict(text=_columns(text), label=_columns(label))
     from spectrum_merging.merge import check_out
+    out = os.path.normpath(out)
     check_out(out) # before what takes seconds to import
     from spectrum_merging.compare import compare, seconds
     with usage(): seconds(budget)
     how = dict(unlabelled=tuple(unlabelled or ()), arch=arch, size=size, budget=budget, began=began, seed=seed)
     try: compare(models, base, data, out, **columns, **how, say=say, progress=bars())
     except KeyboardInterrupt: stop("interrupted; the same command continues where it stopped")
-    say(f"report, table, figure and the best merge are in {out}; load_model('{out}/merged', task) opens it")
+    say(f"report, table, figure and the best merge are in {out}; {'load_task' if arch else 'load_model'}('{out}/merged', task) opens it")
 
 # %% ../nbs/95_cli.ipynb #00000013
 @command('spectrum-bench engine --gigabytes 0.1 --repeats 1')

@@ -23,6 +23,7 @@ from .files import atomic_folder
 from .formats import read_config
 from fastcore.basics import patch
 from .merge import check_out, load_task, merge
+from .names import align
 from .operations import gram_svd
 from .parallel import Bar, map_single_threaded, n_cores
 from .rules import recipe
@@ -301,6 +302,8 @@ def extract(
     if dtype not in (None, 'float32', 'float16', 'bfloat16'): raise ValueError(f"dtype is {dtype!r}: choose 'float32', 'float16' or 'bfloat16'")
     base = Checkpoint(base)
     model = Checkpoint(model, base)
+    # a body that was saved alone has other names than in the class that holds it
+    base = align(dict(model=model), base)[1]
     _check_pair(model, base)
     units,config = find_units(model.infos, None, model.aliases),read_config(model.folder) or read_config(base.folder)
     own,ties = _kinds(config, list(model))

@@ -122,7 +122,7 @@ def sentences(
     # where two rows never differ, three in n is what may be missed (rule of three, https://doi.org/10.1001/jama.1983.03330370053031)
     half = max(3/n, (table.hi-table.lo)[~table.row.isin([plain, chance])].median()/2)
     few = (f"With {n:,} tested rows a row's difference is known to about ±{100*half:.1f} points, "
-        f"so smaller ones cannot be told from chance; all of it is one seed of each expert and one sample of texts, and "
+        f"so smaller ones cannot be told from chance; all of it is one seed of each expert and one sample of inputs, and "
         f"another base, task or seed may order the rows otherwise.")
     return [first, _of_average(by, tasks), _differing(table), _controls(table), few]
 
