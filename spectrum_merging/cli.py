@@ -282,6 +282,7 @@ def verify_cli(
     if len(bad):
         raise CliError(f"{len(bad)} of {len(df)} checks failed:\n"
             + bad[['file','tensor','check','found']].to_string(index=False))
+    out = os.path.normpath(out)
     other = {k: int(again.found.str.startswith(k).sum()) for k in ('within rounding', 'cannot be proved here')}
     fitted = int(df.found.str.endswith('fitted, not proved').sum())
     say(f"{out} is what it says: {len(again)} of {(df.tensor!='').sum()} tensors made again, "

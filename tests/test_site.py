@@ -137,7 +137,7 @@ def shell_lines():
             text = ''.join(c['source'])
             if c['cell_type']!='markdown': continue
             blocks = re.findall(r'^```(?:sh|bash)\n(.*?)^```', text, flags=re.M|re.S)
-            for line in re.sub(r'\\+\n\s*', '', '\n'.join(blocks)).splitlines():
+            for line in '\n'.join(blocks).replace('\\\n', ' ').splitlines():
                 for part in line.split('&&'):
                     words = shlex.split(part, comments=True)
                     if words and words[0].startswith('SPECTRUM_'): words = words[1:]
