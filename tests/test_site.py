@@ -68,6 +68,17 @@ def test_links_and_alternatives(site):
     assert not dead and not mute, (dead, mute)
     assert sum(len(o.alts) for o in found.values())>40
 
+def test_numbers_of_claims(site):
+    "Every number beside a claim of the paper stands on the page that the claim's row leads to"
+    rows = re.findall(r'<tr.*?</tr>', (site/'experiments/claims.html').read_text(encoding='utf-8'), flags=re.S)
+    seen = 0
+    for row in rows:
+        pages = [(site/'experiments'/o).read_text(encoding='utf-8') for o in re.findall(r'href="(\w+\.html)', row)]
+        numbers = re.findall(r'\d*\.\d+', re.sub(r'<[^>]+>', ' ', row))
+        for n in numbers: assert any(n in o for o in pages), f'{n} of {row}'
+        seen += len(numbers)
+    assert seen>4
+
 @pytest.fixture(scope='module')
 def browser():
     chrome = shutil.which('chromium') or shutil.which('google-chrome')
