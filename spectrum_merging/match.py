@@ -188,7 +188,7 @@ def _given(batches, model, masks):
     own = {t: prepared(o, model) for t,o in batches.items()}
     _check_masks(own, masks)
     flat = [x for o in own.values() for x in o]
-    if masks is not None: return own,{t: [[m] for m in o] for t,o in masks.items()}
+    if masks is not None: return own,{t: [[m.to(own[t][0].device)] for m in o] for t,o in masks.items()}
     if len({type(x) for x in flat})>1: raise ValueError("inputs of different tasks have different forms: pass dicts for all, or tensors")
     return own,_masks(own, model)
 
@@ -214,7 +214,8 @@ def _as_one(own, masks, model):
     if masks is None:
         own,counted = _alike(own, model)
         return joined([x for o in own.values() for x in o]),{t: [torch.cat(m) for m in zip(*o)] for t,o in counted.items()}
-    return torch.cat(_padded(own.values())),{t: [o] for t,o in zip(masks, _padded(masks.values()))}
+    whole = torch.cat(_padded(own.values()))
+    return whole,{t: [o.to(whole.device)] for t,o in zip(masks, _padded(masks.values()))}
 
 # %% ../nbs/68_match.ipynb #c0ffee12
 # What is left as it was spoils the inputs of the layers behind it: a tenth was told apart from none in no test

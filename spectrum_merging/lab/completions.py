@@ -242,7 +242,7 @@ class Completions(Kind):
         deal = np.random.default_rng(0).permutation(-(-len(rows)//25))
         return [padded(rows[25*i:25*i+25]) for i in deal],None
     def grams(self, lab, task):
-        with fast(): return input_grams(self.inner(lab.module(task)), self.batches(lab, task, lab.budget.calibration)[0])
+        with fast(): return input_grams(self.inner(lab.module(task).to(device())), self.batches(lab, task, lab.budget.calibration)[0])
     def measured(self, lab, merged, **about): return loss_rows(lab, merged, **about)
     def mixed(self, lab, n, draw=0): raise ValueError("decoders have no statistics to measure")
     def spec(self, lab, task): raise ValueError("hidden units of decoders are not aligned here: leave that part out")

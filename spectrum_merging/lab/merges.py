@@ -19,7 +19,7 @@ from ..chain import Merge
 from ..edges import default_estimator
 from ..evaluate import bootstrap, majority, score, score_rows
 from ..files import atomic, cache_dir, digest
-from .training import Base, Kind, fast
+from .training import Base, Kind, device, fast
 from ..merge import merge, task_state
 from ..plan import Plan, make_plan
 from ..rules import recipe
@@ -198,8 +198,8 @@ def _repair(self:Lab, merged):
     *before,step = merged.steps
     start = replace(merged, steps=tuple(before))
     what,n = recipe(step.repair, 'repair'),step.inputs or self.budget.calibration
-    given = dict(models=lambda: {t: self.module(t, sd) for t,sd in self.states(start).items()},
-        experts=lambda: {t: self.module(t) for t in self.tasks}, heads=lambda: None,
+    given = dict(models=lambda: {t: self.module(t, sd).to(device()) for t,sd in self.states(start).items()},
+        experts=lambda: {t: self.module(t).to(device()) for t in self.tasks}, heads=lambda: None,
         mixed=lambda: self._mixed(what, n, step.draw),
         batches=lambda: {t: self._inputs(t, n, step.draw)[0] for t in self.tasks},
         masks=lambda: self._masks(n, step.draw))

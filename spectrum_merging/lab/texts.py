@@ -344,5 +344,5 @@ class Texts(Kind):
         "Moments on sentences of equal length, so that no padding counts"
         by = {}
         for o in self.ids(lab, task, lab.budget.calibration): by.setdefault(len(o), []).append(o)
-        with fast(): found = input_grams(lab.module(task), [_pad(self.tokenizer(lab), o) for o in by.values()])
+        with fast(): found = input_grams(lab.module(task).to(device()), [_pad(self.tokenizer(lab), o) for o in by.values()])
         return {k.removeprefix('module.'): v for k,v in found.items()}

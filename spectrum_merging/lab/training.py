@@ -193,7 +193,7 @@ def mixed(self:Kind, lab, n, draw=0) -> list:
 @patch
 def grams(self:Kind, lab, task) -> dict:
     "Second moments of what enters each layer of a task's expert"
-    with fast(): return input_grams(lab.module(task), self.batches(lab, task, lab.budget.calibration)[0])
+    with fast(): return input_grams(lab.module(task).to(device()), self.batches(lab, task, lab.budget.calibration)[0])
 
 @patch
 def spec(self:Kind, lab, task) -> dict:
