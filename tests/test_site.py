@@ -133,7 +133,15 @@ def test_every_page_on_a_phone(page, site, address):
     page.emulate_media(color_scheme='light')
     page.goto(f'{address}/edges.html')
     assert all(width and how=='none' for width,how in page.evaluate(pictures))
-    assert page.evaluate("document.fonts.check('16px \"Libertinus Math Pages\"') && [...document.fonts].some(o => o.status=='loaded')")
+
+def test_formulas_have_their_font(page, address):
+    "It comes with the page, and it knows how to set formulas: a parenthesis grows with the matrix in it"
+    page.goto(f'{address}/bounds.html')
+    page.evaluate('document.fonts.ready')
+    assert page.evaluate("[...document.fonts].some(o => o.family.includes('STIX Two Math Pages') && o.status=='loaded')")
+    height = "o => o.getBoundingClientRect().height"
+    table,sign = (page.locator(f'math:has(mtable) {o}').first.evaluate(height) for o in ('mtable','mo:text-is("(")'))
+    assert table>20 and sign>.8*table
 
 @pytest.mark.parametrize('words,found', [('hugging face', 'tutorials/your_models.html'), ('glossary', 'concepts/glossary.html'),
     ('which method', 'recommend.html'), ('lora', 'tutorials/lora_adapters.html')])
