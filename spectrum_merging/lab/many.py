@@ -28,7 +28,7 @@ many_candidates = dict(
     ridge_mean=[(f'ridge_mean(eps={e})', 1.) for e in (.01, .03, .1, .3)],
     regmean=[(f'regmean(alpha={a})', 1.) for a in (.7, .9, 1.)],
     matched=[(f'match(ridge={r})', None) for r in (.03, .3, 1.)],
-    distilled=[(f'distil(epochs=10, lr={r})', None) for r in (1e-4, 3e-4)])
+    distilled=[(f'distil(epochs={e}, lr={r})', None) for e in (10, 30) for r in (1e-4, 3e-4)])
 
 called = dict(average='average', task_arithmetic='task arithmetic', ties='TIES', tsv_m='TSV-M', iso_c='Iso-C',
     ridge_mean='ridge mean', regmean='RegMean', matched='matched layers', slerp='SLERP', dare='DARE',

@@ -132,9 +132,7 @@ def chosen_merge(
     if method in guided: return Merge(lab.plan(choice[0], of=method, top=choice[1]))
     text,scale = choice
     if recipe(text).rule.kind=='repair':
-        first = start(lab, chosen)
-        # training begins nearer to its end where heads are fitted first
-        return (first.then('refit') if recipe(text).rule.name=='distil' and lab.head(next(iter(lab.tasks))) else first).then(text)
+        return start(lab, chosen).then(text)
     return Merge(lab.plan(text, scale=scale))
 
 def finished(lab, merged, inputs=None):
