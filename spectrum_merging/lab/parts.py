@@ -153,12 +153,16 @@ def choose(
     lab:Lab,
     grid:list, # From `grid_rows`, on held-out items; none chooses no strategy
     candidates:dict=candidates, # `{method: [(recipe, scale)]}`
+    tried:list=None, # Takes a row for each setting of several: method, setting, scale, kept
 ) -> dict: # `{method: (recipe, scale)}`, and 'weights', 'update': `(strategy, top)`
     "Settings that are best on held-out training items"
     res = {}
     for m,all_found in candidates.items():
         found = some(all_found, lab.budget.tries)
-        def score(choice): return lab.held_out(finished(lab, chosen_merge(lab, m, choice, res), lab.kind.tuning))
+        def score(choice):
+            kept = lab.held_out(finished(lab, chosen_merge(lab, m, choice, res), lab.kind.tuning))
+            if tried is not None: tried.append(dict(method=m, setting=choice[0], scale=choice[1], kept=kept))
+            return kept
         res[m] = found[0] if len(found)==1 else max(found, key=score)
     df = pd.DataFrame(grid)
     if not len(df): return res
