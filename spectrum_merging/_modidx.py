@@ -1999,6 +1999,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'spectrum_merging.live.Live._moved': ('live.html#live._moved', 'spectrum_merging/live.py'),
                                        'spectrum_merging.live.Live._repr_mimebundle_': ( 'live.html#live._repr_mimebundle_',
                                                                                          'spectrum_merging/live.py'),
+                                       'spectrum_merging.live.Live.states': ('live.html#live.states', 'spectrum_merging/live.py'),
                                        'spectrum_merging.live.control': ('live.html#control', 'spectrum_merging/live.py')},
             'spectrum_merging.lowrank': { 'spectrum_merging.lowrank.Adapted': ('lowrank.html#adapted', 'spectrum_merging/lowrank.py'),
                                           'spectrum_merging.lowrank.Adapted.__init__': ( 'lowrank.html#adapted.__init__',

@@ -46,9 +46,9 @@ def explored(folder, *args):
         os.killpg(p.pid, signal.SIGTERM)
         p.wait(20)
 
-def opened(browser, url, **how):
-    "A page, which may ask for nothing but what lies beneath its own address"
-    page = browser.new_page(**how)
-    page.route('**/*', lambda r: r.continue_() if r.request.url.startswith(url.partition('?')[0]) else r.abort())
+def opened(browser, url, within=None, **how):
+    "A page, which may ask for nothing but what lies beneath an address, by default its own"
+    page,within = browser.new_page(**how),within or url.partition('?')[0]
+    page.route('**/*', lambda r: r.continue_() if r.request.url.startswith(within) else r.abort())
     page.goto(url, timeout=120_000)
     return page
