@@ -26,6 +26,7 @@ def control(
     step = {} if kind is W.IntSlider else dict(step=(high-low)/100)
     return kind(value=first, min=low, max=high, continuous_update=False, readout_format='.3g' if step else 'd', **step, **how)
 
+# %% ../nbs/88_live.ipynb #e6000015
 # The site's `build.py` turns it into controls
 states_kind = 'application/vnd.spectrum-merging.states+json'
 

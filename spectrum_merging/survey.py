@@ -213,6 +213,7 @@ def measure(self:Survey,
         self.found[estimator, of] = kept or self._measured(estimator, of)
     return self.found[estimator, of]
 
+# %% ../nbs/88_survey.ipynb #0000001e
 @patch
 def _told(self:Survey, of):
     "`({source: {tensor: Spectrum}}, {tensor: overlaps})` that were measured for other estimators: laws by the default one"
