@@ -115,9 +115,9 @@ def _check_scan(m, df, asked):
     if lost := [k for k in asked if k not in df]:
         raise ValueError(f"the scan of {m} has no column {lost[0]!r}: scan again, "
             "or say how it was made with df.assign(estimator=…, of=…)")
-    made = dict.fromkeys(zip(*(df[k].tolist() for k in asked)))
-    if odd := [o for o in made if o!=tuple(asked.values())]:
-        raise ValueError(f"the scan of {m} was made with {dict(zip(asked, odd[0]))}, "
+    made = df[list(asked)].drop_duplicates().to_dict('records')
+    if odd := [o for o in made if o!=asked]:
+        raise ValueError(f"the scan of {m} was made with {odd[0]}, "
             f"the plan asks for estimator={asked['estimator']!r}, of={asked['of']!r}")
 
 # %% ../nbs/40_plan.ipynb #0000000c
