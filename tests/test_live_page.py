@@ -56,3 +56,13 @@ def test_controls_without_kernel(browser, tmp_path, name):
         else: control.select_option(v)
         shows()
     assert len(seen)==1+len(moves[name]) # each move drew another picture
+
+@pytest.mark.parametrize('name', moves)
+def test_pages_have_the_controls(tmp_path, monkeypatch, name):
+    "What Sphinx reads of a lesson holds the HTML that the test above opens, and each page asks for the script"
+    monkeypatch.setattr(build, 'src', tmp_path)
+    build.write_page(Path(name), root/'nbs', build.notebooks(root/'nbs'))
+    written = json.loads((tmp_path/build.page(Path(name))).read_text(encoding='utf-8'))['cells']
+    (html,) = (''.join(o['data']['text/html']) for c in written for o in c.get('outputs', []) if 'class="live"' in str(o.get('data')))
+    assert html==build.live_html(lesson(name)[1])
+    assert "'live.js'" in (root/'nbs/_sphinx/conf.py').read_text(encoding='utf-8')

@@ -143,9 +143,6 @@ def test_docs_build():
     assert not [o.name for o in site.rglob('*.html.md') if '__main__.' in o.read_text(encoding='utf-8')]
     html = (site/'edges.html').read_text(encoding='utf-8')
     assert '<math' in html and 'id="snr"' in html and '<img' in html
-    for o in ('strategies','spectrum'): # controls without a kernel; `test_live_page` moves them
-        html = (site/f'{o}.html').read_text(encoding='utf-8')
-        assert 'class="live"' in html and '_static/live.js' in html
     pages = [o for o in site.rglob('*') if o.suffix in ('.html','.md')]
     for o in pages: # the theme names its author in its footer
         lacks_foreign_hosts(re.sub(r'<a [^>]*github\.com/pradyunsg[^>]*>', '', o.read_text(encoding='utf-8')))
