@@ -284,40 +284,76 @@ def bench_scan_memory(
             seconds=t, MiB=mib)])
 
 # %% ../nbs/92_bench.ipynb #92ed0001
+def _encoder(layers, hidden):
+    "Tensors of an encoder: matrices, a bias for each, the norms of each layer"
+    import torch
+    sd = bert_matrices(layers, hidden)
+    norms = {f'layer.{i}.norm{k}.{o}': torch.full((hidden,), float(o=='weight')) for i in range(layers) for k in range(2) for o in ('weight','bias')}
+    return sd | {k.replace('weight', 'bias'): torch.zeros(len(W)) for k,W in sd.items()} | norms
+
 def _fine_tuned(base, seed):
     "Noise, and a direction of another strength in each matrix"
     import torch
     g,res = torch.Generator().manual_seed(seed),{}
     for k,W in base.items():
+        res[k] = W+1e-3*torch.randn(W.shape, generator=g)
+        if W.ndim<2: continue
         u,v = (torch.randn(o, generator=g) for o in W.shape)
-        res[k] = W+1e-3*torch.randn(W.shape, generator=g)+2e-3*float(torch.rand(1, generator=g))*torch.outer(u, v)
+        res[k] += 2e-3*float(torch.rand(1, generator=g))*torch.outer(u, v)
     return res
+
+def _encoders(folder, layers, hidden):
+    "Files of a base and of two models that were made from it; the same bytes each time"
+    from safetensors.torch import save_file
+    base = _encoder(layers, hidden)
+    for k,sd in dict(base=lambda: base, a=lambda: _fine_tuned(base, 1), b=lambda: _fine_tuned(base, 2)).items():
+        save_file(sd(), Path(folder)/f'{k}.safetensors')
+    return [Path(folder)/f'{k}.safetensors' for k in 'ab'],Path(folder)/'base.safetensors'
+
+# %% ../nbs/92_bench.ipynb #92ed0011
+def _timed(panel, moves, repeats):
+    "`{control: [(milliseconds, milliseconds of processor time)]}`"
+    took = {k: [] for k in moves}
+    for k,move in moves.items():
+        for i in range(repeats):
+            if k!='layer': panel.survey.plans.clear() # no plan that was made before
+            t,cpu = time.perf_counter(),time.process_time()
+            panel.choose(**move(i))
+            took[k].append((1000*(time.perf_counter()-t), 1000*(time.process_time()-cpu)))
+    return took
 
 def bench_redraw(
     layers:int=12, # Encoder layers
     hidden:int=768, # Width
     repeats:int=20, # How often each control is moved
-) -> pd.DataFrame: # Control, milliseconds; attrs: seconds that measuring took
+    folder=None, # Where the models' files go (1 GB by default); a temporary folder by default
+    kept=None, # Where measurements are kept for the next run; by default in the user's cache, as the explorer's own
+    say=lambda text: None, # Is told what is being done
+) -> pd.DataFrame: # Control, milliseconds, thereof of the processor; attrs: seconds that measuring took
     "From a control that moves to the new pictures, plan and table, for two fine-tuned encoders"
     from spectrum_merging.explorer import explore
-    base = bert_matrices(layers, hidden)
     start = time.perf_counter()
-    panel = explore([_fine_tuned(base, i+1) for i in range(2)], base=base, progress=False)
-    measured = time.perf_counter()-start
-    first,c = panel.estimator,panel.controls
-    other = next(k for k in c['estimator'].options if k!=first)
-    panel.estimator = other
-    names,strategies = c['layer'].options,['base_reset','snr_max','snr_weighted','snr_winner']
-    moves = dict(share=lambda i: dict(top=5+90*i/repeats), threshold=lambda i: dict(threshold=.05*1.2**i), strategy=lambda i: dict(strategy=strategies[i%4]),
-        estimator=lambda i: dict(estimator=(first, other)[i%2]), of=lambda i: dict(of=('weights', 'update')[i%2]), layer=lambda i: dict(layer=names[i%len(names)]))
-    took = {k: [] for k in moves}
-    for k,move in moves.items():
-        for i in range(repeats):
-            if k!='layer': panel.survey.plans.clear() # no plan that was made before
-            t = time.perf_counter()
-            panel.choose(**move(i))
-            took[k].append(1000*(time.perf_counter()-t))
-    res = pd.DataFrame([dict(control=k, median_ms=statistics.median(v), fastest_ms=min(v), slowest_ms=max(v)) for k,v in took.items()])
+    def done(text):
+        nonlocal start
+        seconds,start = time.perf_counter()-start,time.perf_counter()
+        say(f'{text}: {seconds:.1f} s')
+        return seconds
+    with TemporaryDirectory(dir=folder) as d:
+        models,base = _encoders(d, layers, hidden)
+        done(f'base and two models of {layers} layers of width {hidden} written')
+        panel = explore(models, base=base, folder=kept, progress=False)
+        first,measured = panel.estimator,done(f'updates and weights measured by {panel.estimator}, or read where an earlier run kept them')
+        other = next(k for k in panel.controls['estimator'].options if k!=first)
+        panel.estimator = other
+        measured += done(f'the same by {other}')
+        names,strategies = panel.controls['layer'].options,['base_reset','snr_max','snr_weighted','snr_winner']
+        took = _timed(panel, dict(share=lambda i: dict(top=5+90*i/repeats), threshold=lambda i: dict(threshold=.05*1.2**i),
+            strategy=lambda i: dict(strategy=strategies[i%4]), estimator=lambda i: dict(estimator=(first, other)[i%2]),
+            of=lambda i: dict(of=('weights', 'update')[i%2]), layer=lambda i: dict(layer=names[i%len(names)])), repeats)
+        done(f'{repeats} moves of each control')
+    if hasattr(os, 'getloadavg'): say(f'{os.getloadavg()[0]:.1f} processes were running or waiting on average of the last minute')
+    rows = [(k, *map(statistics.median, zip(*v)), min(v)[0], max(v)[0]) for k,v in took.items()]
+    res = pd.DataFrame(rows, columns=['control','median_ms','processor_ms','fastest_ms','slowest_ms'])
     res.attrs['measured'] = measured
     return res
 

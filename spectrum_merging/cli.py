@@ -346,7 +346,7 @@ def bench_cli(
         'memory': lambda: b.bench_memory(folder=folder),
         'scan': lambda: b.bench_scan(repeats=repeats),
         'scan-memory': lambda: b.bench_scan_memory(gigabytes, folder),
-        'redraw': b.bench_redraw,
+        'redraw': lambda: b.bench_redraw(folder=folder, say=say),
         'sweep': lambda: b.bench_sweep(repeats=repeats)}
     print(b.machine())
     for k,f in runs.items():

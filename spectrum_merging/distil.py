@@ -10,9 +10,11 @@ __all__ = ['answers', 'apart', 'share_body', 'check_answers', 'distil_answers']
 # %% ../nbs/68_distil.ipynb #d1000003
 import copy, numpy as np, torch, torch.nn.functional as F
 from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from torch import Tensor, nn
 from .activations import evaluating
 from .batches import at_mask, feed, mask_of, n_inputs, parted, prepared, taken
+from .match import match_heads
 from .units import is_head
 
 # %% ../nbs/68_distil.ipynb #d1000007
@@ -121,6 +123,17 @@ def check_answers(
         _parts(own)
         with torch.no_grad(), evaluating(m): answers(m, taken(own[0], lambda o: o[:2]))
 
+@contextmanager
+def _training(model):
+    "Gradients, and the precision of whoever calls without the copies of weights that it keeps: weights change here"
+    kind = next(model.parameters()).device.type
+    with torch.enable_grad(), torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), False): yield
+
+def _with_heads(models, experts, own, train, heads):
+    "Heads fitted to the inputs that are trained on, where least squares can fit them"
+    with suppress(ValueError): return match_heads(models, experts, {t: [o[i] for k,i in train if k==t] for t,o in own.items()}, heads=heads)
+    return models
+
 def _round(loss, params, train, optimiser, rates):
     "One step on each part"
     for t,i in train:
@@ -145,18 +158,20 @@ def distil_answers(
     "Train body and heads to give the experts' answers, and keep the round that gives them best on inputs set aside; relatives: [ProDistill](https://arxiv.org/abs/2502.12706), [SyMerge](https://arxiv.org/abs/2412.19098). Raises `ValueError`"
     if not list(merged)==list(experts)==list(batches): raise ValueError(f"merged models for {list(merged)}, experts for "
         f"{list(experts)}, inputs for {list(batches)}: pass the same tasks in the same order")
-    models = share_body({t: copy.deepcopy(m).eval() for t,m in merged.items()}, heads)
-    own = {t: _parts(prepared(o, models[t])) for t,o in batches.items()}
-    params,(train,aside) = _trained(models),_divided(own)
+    share_body({t: copy.deepcopy(m) for t,m in merged.items()}, heads)
+    own = {t: _parts(prepared(o, merged[t])) for t,o in batches.items()}
+    train,aside = _divided(own)
+    models = share_body({t: copy.deepcopy(m).eval() for t,m in _with_heads(merged, experts, own, train, heads).items()}, heads)
+    params = _trained(models)
     wanted = _wanted(experts, own)
     def loss(t, i): return apart(answers(models[t], own[t][i]), wanted(t, i), _excluding(models[t]))
     for p in params: p.requires_grad_(True)
     total,order = epochs*len(train),np.random.default_rng(0)
     optimiser = torch.optim.AdamW(params, lr, weight_decay=0.)
     rates = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda at: _rate(at, total))
-    best = _judged(loss, aside),[p.detach().clone() for p in params]
+    with _training(models[train[0][0]]): best = _judged(loss, aside),[p.detach().clone() for p in params]
     if not np.isfinite(best[0]): raise ValueError("answers of the merged models or of the experts are NaN or Inf: check inputs and models")
-    with torch.enable_grad():
+    with _training(models[train[0][0]]):
         for e in range(epochs):
             _round(loss, params, [train[i] for i in order.permutation(len(train))], optimiser, rates)
             now = _judged(loss, aside)

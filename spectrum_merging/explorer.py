@@ -275,7 +275,9 @@ def _draw_plan(self:Explorer, old):
     title = f"{self.strategy}{scale}: what each layer is made of, and the SNR of its {self.of} by {self.estimator}"
     c['layers'].value = draw_plan(plan.table, plan.models, snrs, plan.meta.get('cut'), changes, title)
     c['words'].value = plan_words(plan, None if before is None else [*changes])
-    c['table'].value = html_table(plan.table.assign(before=[changes.get(k, '') for k in plan.table.name]), height='34em')
+    table = html_table(plan.table.assign(before=[changes.get(k, '') for k in plan.table.name]), height='34em')
+    # a table that is out of sight is not laid out: 200 rows take a browser longer than both pictures
+    c['table'].value = f'<div style="content-visibility:auto;contain-intrinsic-size:auto 34em">{table}</div>'
     c['line'].value = f'<pre style="white-space:pre-wrap">{html.escape(self.command)}</pre>'
     self.drawn['plan'] = id(plan),self.estimator,self.of
 

@@ -54,11 +54,17 @@ def strongest(
 
 class _Watch:
     "Keeps what an estimator gave of each matrix of one source"
-    def __init__(self, estimator): self.estimator,self.spectra,self.vectors,self.said = estimator,{},{},''
+    def __init__(self,
+        estimator, # Its name
+        laws, # `{tensor: Spectrum}` by the default estimator, where that is known
+        shared, # Tensors whose directions were compared before: they are the same for every estimator
+    ): self.estimator,self.laws,self.shared,self.spectra,self.vectors,self.said = estimator,laws,shared,{},{},''
     def __call__(self, name, i, M, found):
-        s,self.said = (found,self.said) if isinstance(found, Spectrum) else (spectrum_of(M)[0],
-            f'{self.estimator} gives a number only: law and edge by {default_estimator}')
-        self.spectra[name, i],self.vectors[name, i] = s,strongest(M)
+        if not isinstance(found, Spectrum):
+            self.said = f'{self.estimator} gives a number only: law and edge by {default_estimator}'
+            found = self.laws.get(name) or spectrum_of(M)[0]
+        self.spectra[name, i] = found
+        if name not in self.shared: self.vectors[name, i] = strongest(M)
 
 # %% ../nbs/88_survey.ipynb #0000000a
 def _hashes(src, model):
@@ -190,6 +196,10 @@ def _shared(watched):
     names = [k for k,v in first.items() if all(k in o.vectors and o.vectors[k].shape==v.shape for o in watched.values())]
     return {k: overlaps({s: o.vectors[k] for s,o in watched.items()}) for k in names}
 
+def _as_one(scans):
+    "Tensors that every estimator reads as the same one matrix, in all models"
+    return set.intersection(*({*df.name[df['layout'].isin(['linear','conv']) & df.matrices.eq(1)]} for df in scans.values()))
+
 @patch
 def measure(self:Survey,
     estimator:str=default_estimator, # A rule of kind 'estimator'
@@ -203,16 +213,27 @@ def measure(self:Survey,
         self.found[estimator, of] = kept or self._measured(estimator, of)
     return self.found[estimator, of]
 
+# %% ../nbs/88_survey.ipynb #0000001e
+@patch
+def _told(self:Survey, of):
+    "`({source: {tensor: Spectrum}}, {tensor: overlaps})` that were measured for other estimators: laws by the default one"
+    every = {e: o for (e, k), o in self.found.items() if k==of}
+    if not every: return {},{}
+    known = every.get(default_estimator) or next(iter(every.values()))
+    alike = _as_one(known.scans)
+    laws = {s: {k: o for k,o in found.items() if k in alike} for s,found in known.spectra.items()} if default_estimator in every else {}
+    return laws,{k: o for k,o in known.shared.items() if k in alike}
+
 @patch
 def _measured(self:Survey, estimator, of):
-    "Scan every model, and of weights the base"
-    sources = self.models | (dict(base=self.base) if of=='weights' and self.base is not None else {})
-    watched,scans = {k: _Watch(estimator) for k in sources},{}
+    "Scan every model, and of weights the base; what another estimator told already is not measured again"
+    sources,(laws, told) = self.models | (dict(base=self.base) if of=='weights' and self.base is not None else {}),self._told(of)
+    watched,scans = {k: _Watch(estimator, laws.get(k, {}), told) for k in sources},{}
     for k,o in sources.items():
         try: scans[k] = scan(o, self.base if of=='update' else None, estimator=estimator, of=of, heads=_heads(self.units), seen=watched[k], **self.how)
         except ValueError as e: raise ValueError(f"model {k}: {e}") from e
     spectra = {s: _labelled(o.spectra, scans[s]) for s,o in watched.items()}
-    shared = _labelled(_shared(watched), next(iter(scans.values())))
+    shared = told | _labelled(_shared(watched), next(iter(scans.values())))
     res = Found({m: scans[m] for m in self.models}, spectra, shared, next((o.said for o in watched.values() if o.said), ''))
     try: _write(self._file(estimator, of), res)
     except OSError: pass # a disk that is full or not ours: measured again the next time

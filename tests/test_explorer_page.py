@@ -1,30 +1,13 @@
 "The explorer in a real browser: `spectrum-explore A B --base BASE` serves it, Chromium moves the controls, and what is shown is what `make_plan` returns."
-import os, re, shutil, signal, socket, subprocess, sys, time
+import time
 from html import unescape
-from pathlib import Path
 import pytest
 from safetensors.torch import save_file
+from pages import explored, opened, playwright
+from spectrum_merging.edges import measure
 from spectrum_merging.plan import Plan, make_plan
 from spectrum_merging.shown import shown_value
 from test_explorer import make_models
-
-sync_api = pytest.importorskip('playwright.sync_api', reason="playwright is not installed: pip install 'spectrum-merging[dev]'")
-pytest.importorskip('voila', reason="voila is not installed: pip install 'spectrum-merging[dev]'")
-root = Path(__file__).parent.parent
-command = 'import sys; from spectrum_merging.cli import explore_cli; sys.exit(explore_cli())'
-
-def chromium(pw):
-    "Debian's Chromium, or the one that `playwright install chromium` fetched"
-    own = pw.chromium.executable_path
-    found = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome') or (own if os.path.exists(own) else None)
-    return found or pytest.skip('no Chromium: apt-get install chromium')
-
-@pytest.fixture(scope='module')
-def browser():
-    with sync_api.sync_playwright() as pw:
-        found = pw.chromium.launch(executable_path=chromium(pw), args=['--no-sandbox'])
-        yield found
-        found.close()
 
 @pytest.fixture(scope='module')
 def served(browser, tmp_path_factory):
@@ -32,33 +15,12 @@ def served(browser, tmp_path_factory):
     d = tmp_path_factory.mktemp('page')
     models,base = make_models()
     for k,o in (models | dict(base=base)).items(): save_file(o, d/f'{k}.safetensors')
-    (d/'spectrum-explore').write_text(command)
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    cmd = [sys.executable, 'spectrum-explore', *(f'{m}={m}.safetensors' for m in models), '--base', 'base.safetensors', '--out', 'saved',
-        '--no-browser', '--port', str(port)]
-    log = d/'log'
-    with log.open('w') as f:
-        p = subprocess.Popen(cmd, cwd=d, stdout=f, stderr=f, start_new_session=True,
-            env=os.environ | dict(PYTHONPATH=str(root), SPECTRUM_CACHE=str(d/'cache')))
-    try:
-        for _ in range(600):
-            if 'is running at' in log.read_text() or p.poll() is not None: break
-            time.sleep(.2)
-        assert p.poll() is None, log.read_text()
-        yield re.search(r'http://127\S+token=\S+', log.read_text())[0],d,({m: d/f'{m}.safetensors' for m in models}, d/'base.safetensors')
-    finally:
-        os.killpg(p.pid, signal.SIGTERM)
-        p.wait(20)
+    with explored(d, *(f'{m}={m}.safetensors' for m in models), '--base', 'base.safetensors', '--out', 'saved') as url:
+        yield url,d,({m: d/f'{m}.safetensors' for m in models}, d/'base.safetensors')
 
 @pytest.fixture(scope='module')
 def page(browser, served):
-    "The page, which may ask for nothing but what the server has"
-    url = served[0]
-    page = browser.new_page(viewport=dict(width=1100, height=1400))
-    page.route('**/*', lambda r: r.continue_() if r.request.url.startswith(url.partition('?')[0]) else r.abort())
-    page.goto(url, timeout=120_000)
+    page = opened(browser, served[0], viewport=dict(width=1100, height=1400))
     page.locator('table').wait_for(timeout=120_000)
     return page
 
@@ -90,26 +52,36 @@ def press(page, what, *keys):
 def test_explorer_page(page, served):
     "Threshold, strategy, estimator, layer, and the plan saved"
     _,d,(models, base) = served
-    shows(page, make_plan('snr_winner', models, base, top=50))
+    expect,plans = playwright().expect,[]
+    def becomes(strategy, **how):
+        "The page shows that plan, which is none of those before"
+        plans.append(make_plan(strategy, models, base, **how))
+        shows(page, plans[-1])
+        assert f"cut {plans[-1].meta['cut']:.3g}" in pictures(page)[0]
+    becomes('snr_winner', top=50)
     page.get_by_label('cut by').select_option('threshold')
-    sync_api.expect(page.locator('.widget-slider', has_text='threshold')).to_be_visible()
+    expect(page.locator('.widget-slider', has_text='threshold')).to_be_visible()
     before = pictures(page)
-    value = press(page, 'threshold', *['ArrowRight']*3)
+    value = press(page, 'threshold', *['ArrowLeft']*5) # two layers more are above it
     redrawn(page, 0, before[0])
-    shows(page, make_plan('snr_winner', models, base, threshold=value))
+    becomes('snr_winner', threshold=value)
     page.get_by_label('strategy').select_option('snr_max')
-    shows(page, make_plan('snr_max', models, base, threshold=value))
-    sync_api.expect(page.locator('.widget-html').first).to_contain_text('Changed by the last step')
-    page.get_by_label('estimator').select_option('mp')
-    plan = make_plan('snr_max', models, base, threshold=value, estimator='mp')
-    shows(page, plan)
-    before = pictures(page)
-    layers = page.get_by_label('layer').locator('option').all_text_contents()
-    page.get_by_label('layer').select_option(next(o for o in layers if o!=page.get_by_label('layer').input_value()))
+    becomes('snr_max', threshold=value)
+    expect(page.locator('.widget-html').first).to_contain_text('Changed by the last step')
+    page.get_by_label('estimator').select_option('biwhiten') # whose SNRs are all below
+    becomes('snr_max', threshold=value, estimator='biwhiten')
+    assert len({o.digest for o in plans})==4
+    before,shown = pictures(page),page.get_by_label('layer').input_value()
+    layer = next(o for o in page.get_by_label('layer').locator('option').all_text_contents() if o!=shown)
+    page.get_by_label('layer').select_option(layer)
     redrawn(page, 1, before[1])
-    assert pictures(page)[0]==before[0] # the plan is the same
+    plan,(drawn, spectra) = plans[-1],pictures(page)
+    assert drawn==before[0] and f'<title>{layer}</title>' in spectra
+    made,own = make_models()
+    for of,less in dict(weights=0, update=own[layer]).items():
+        assert f'{of}, SNR: '+', '.join(f"{k} {measure(o[layer]-less, 'biwhiten')['snr']:.3g}" for k,o in made.items()) in spectra
     page.get_by_role('button', name='save plan').click()
-    sync_api.expect(page.get_by_text('saved /')).to_be_visible(timeout=30_000)
+    expect(page.get_by_text('saved /')).to_be_visible(timeout=30_000)
     saved = Plan.load(d/'saved'/f'plan-{plan.digest}.csv')
     assert saved.digest==plan.digest and saved.meta==plan.meta
     assert saved.table.astype(str).equals(plan.table.astype(str))
@@ -119,13 +91,14 @@ def test_explorer_page(page, served):
 def test_refusal_on_the_page(page, served):
     "A setting that is out of range is said, and nothing is shown in its place"
     _,_,(models, base) = served
+    expect = playwright().expect
     page.get_by_label('strategy').select_option('ties')
     shows(page, make_plan('ties', models, base))
     box = page.get_by_label('settings')
     box.fill('density=7')
     box.press('Enter')
-    sync_api.expect(page.locator('.widget-html').first).to_contain_text('density', timeout=30_000)
-    sync_api.expect(page.locator('table')).to_have_count(0)
+    expect(page.locator('.widget-html').first).to_contain_text('density', timeout=30_000)
+    expect(page.locator('table')).to_have_count(0)
     box.fill('density=0.3')
     box.press('Enter')
     page.locator('table').wait_for(timeout=30_000)

@@ -7,7 +7,7 @@ Docs: nbs/lab/28_completions.ipynb"""
 # %% auto #0
 __all__ = ['asked_of', 'full_completions', 'quick_completions', 'lora_completions', 'Asked', 'asked_for', 'encoded', 'padded',
            'of_completion', 'completion_scores', 'CompletionBudget', 'open_decoder', 'completion_recipe',
-           'completion_expert', 'Completions', 'tiny_decoder', 'loss_rows']
+           'completion_expert', 'Completions', 'tiny_decoder', 'loss_rows', 'folder_rows']
 
 # %% ../../nbs/lab/28_completions.ipynb #c1000003
 import numpy as np, torch, torch.nn.functional as F
@@ -270,17 +270,32 @@ def loss_rows(
     **about, # What describes the method
 ) -> list: # A dict per task; loss: per token of the right completions; gain: share of the expert's gain over the base
     "Scores and losses of a merge on every task"
-    rows = lab.rows(merged, split=split, **about)
-    def losses(m, tasks=None):
-        def make():
-            found = lab.logits(m, split, tasks)
-            return {t: _loss(lab, t, found[t][t], split) for t in tasks or lab.tasks}
-        return lab.once(('loss', str(m.key), split), make)
-    base,own = losses(Merge('base')),{t: losses(lab.alone(t), [t])[t] for t in lab.tasks}
-    now = losses(merged)
-    return [r | dict(loss=now[t], loss_base=base[t], loss_expert=own[t], expert_accuracy=lab.expert_scores(split)[t]['accuracy'],
-            gain=(base[t]-now[t])/(base[t]-own[t]))
-        for r in rows for t in [r['task']]]
+    return _with_losses(lab, lab.rows(merged, split=split, **about), _losses(lab, merged, split), split)
+
+def _losses(lab, merged, split, tasks=None):
+    "`{task: loss}`"
+    def make():
+        found = lab.logits(merged, split, tasks)
+        return {t: _loss(lab, t, found[t][t], split) for t in tasks or lab.tasks}
+    return lab.once(('loss', str(merged.key), split), make)
+
+def _with_losses(lab, rows, now, split):
+    "Rows of scores with losses and shares of gains"
+    base,own = _losses(lab, Merge('base'), split),{t: _losses(lab, lab.alone(t), split, [t])[t] for t in lab.tasks}
+    def more(t): return dict(loss=now[t], loss_base=base[t], loss_expert=own[t],
+        expert_accuracy=lab.expert_scores(split)[t]['accuracy'], gain=(base[t]-now[t])/(base[t]-own[t]))
+    return [r | more(r['task']) for r in rows]
+
+def folder_rows(
+    lab, # Of `Completions`
+    path, # Folder of a decoder that anything has merged
+    **about, # What describes the method
+) -> list: # As `loss_rows` gives them, of test items
+    "Scores and losses of a network from elsewhere, another tool's for instance, on every task"
+    model = open_decoder(path)
+    found = {t: lab.kind.scores(lab, t, model, o.test_x) for t,o in lab.tasks.items()}
+    rows = lab.scored({t: z.argmax(1).numpy() for t,z in found.items()}, heads='per task', **about)
+    return _with_losses(lab, rows, {t: _loss(lab, t, z, 'test') for t,z in found.items()}, 'test')
 
 def _loss(lab, task, scores, split):
     "Per token of the right completions"

@@ -6,7 +6,7 @@ Docs: nbs/lab/56_many.ipynb"""
 
 # %% auto #0
 __all__ = ['many_candidates', 'called', 'refitted', 'first_tasks', 'many_settings', 'many_merges', 'many_rows', 'expert_rows',
-           'by_seed', 'many_table', 'plot_many']
+           'by_seed', 'many_table', 'tried_table', 'plot_many']
 
 # %% ../../nbs/lab/56_many.ipynb #00000003
 import numpy as np, pandas as pd
@@ -24,11 +24,11 @@ many_candidates = dict(
     task_arithmetic=[('task_arithmetic', s) for s in (.1, .15, .2, .3, .5, .7)],
     ties=[(f'ties(density={d})', s) for d in (.2, .6) for s in (.7, 1., 1.5)],
     tsv_m=[('tsv_m', s) for s in (.7, 1., 1.4, 2.)],
-    iso_c=[('iso_c', s) for s in (.6, 1.2, 2.4)],
+    iso_c=[('iso_c', s) for s in (.6, 1.2, 2.4, 4.)],
     ridge_mean=[(f'ridge_mean(eps={e})', 1.) for e in (.01, .03, .1, .3)],
     regmean=[(f'regmean(alpha={a})', 1.) for a in (.7, .9, 1.)],
     matched=[(f'match(ridge={r})', None) for r in (.03, .3, 1.)],
-    distilled=[(f'distil(epochs=10, lr={r})', None) for r in (1e-4, 3e-4)])
+    distilled=[(f'distil(epochs={e}, lr={r})', None) for e in (10, 30) for r in (1e-4, 3e-4)])
 
 called = dict(average='average', task_arithmetic='task arithmetic', ties='TIES', tsv_m='TSV-M', iso_c='Iso-C',
     ridge_mean='ridge mean', regmean='RegMean', matched='matched layers', slerp='SLERP', dare='DARE',
@@ -51,10 +51,11 @@ _known = {} # Settings by the key of the lab that they were chosen on
 def many_settings(
     lab:Lab, # Of experts that are not scored
     candidates:dict=many_candidates, # `{method: [(recipe, scale)]}`
+    tried:list=None, # Takes a row for each setting that is tried, the first time: see `choose`
 ) -> dict: # `{method: (recipe, scale)}`
     "Each method's setting that is best on held-out items"
     key = lab.key,tuple(candidates)
-    if key not in _known: _known[key] = choose(lab, [], candidates)
+    if key not in _known: _known[key] = choose(lab, [], candidates, tried)
     return _known[key]
 
 # %% ../../nbs/lab/56_many.ipynb #00000008
@@ -89,7 +90,9 @@ def many_rows(
         fit = _for(n, candidates)
         only = {k: v[0] for k,v in fit.items() if len(v)==1}
         # where nothing is to be chosen, experts of another seed need not be trained
-        found = only if len(only)==len(fit) else many_settings(first_tasks(lab, names[:n], tuning_seed), fit)
+        tried = []
+        found = only if len(only)==len(fit) else many_settings(first_tasks(lab, names[:n], tuning_seed), fit, tried)
+        rows += [dict(table='tried', number=n, seed=tuning_seed, **o) for o in tried]
         part,plain = first_tasks(lab, names[:n]),None
         for name,said,m,inputs in many_merges(part, found):
             preds = part.predict(m)
@@ -125,6 +128,15 @@ def many_table(
         mean,lo,hi = mean_interval(o['mean'])
         res.append(dict(tasks=n, method=m, needs=needs, mean=mean, lo=lo, hi=hi, worst=o.worst.mean(), first=o['first'].mean()))
     return pd.DataFrame(res).dropna(axis=1, how='all').round(4)
+
+def tried_table(
+    results:Results,
+) -> pd.DataFrame: # A line per method, a column per number of tasks
+    "Share of the experts' scores that each method's best setting keeps on the held-out items it was chosen on"
+    rows = results.part('tried')
+    best = rows.loc[rows.groupby(['number','method']).kept.idxmax()]
+    df = best.pivot_table(index='method', columns='number', values='kept').rename(columns=lambda n: f'{n} tasks')
+    return df.loc[[m for m in called if m in df.index]].rename(index=called).rename_axis(columns=None).round(3).reset_index()
 
 def plot_many(
     results:Results,

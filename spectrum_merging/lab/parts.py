@@ -132,9 +132,7 @@ def chosen_merge(
     if method in guided: return Merge(lab.plan(choice[0], of=method, top=choice[1]))
     text,scale = choice
     if recipe(text).rule.kind=='repair':
-        first = start(lab, chosen)
-        # training begins nearer to its end where heads are fitted first
-        return (first.then('refit') if recipe(text).rule.name=='distil' and lab.head(next(iter(lab.tasks))) else first).then(text)
+        return start(lab, chosen).then(text)
     return Merge(lab.plan(text, scale=scale))
 
 def finished(lab, merged, inputs=None):
@@ -155,12 +153,16 @@ def choose(
     lab:Lab,
     grid:list, # From `grid_rows`, on held-out items; none chooses no strategy
     candidates:dict=candidates, # `{method: [(recipe, scale)]}`
+    tried:list=None, # Takes a row for each setting of several: method, setting, scale, kept
 ) -> dict: # `{method: (recipe, scale)}`, and 'weights', 'update': `(strategy, top)`
     "Settings that are best on held-out training items"
     res = {}
     for m,all_found in candidates.items():
         found = some(all_found, lab.budget.tries)
-        def score(choice): return lab.held_out(finished(lab, chosen_merge(lab, m, choice, res), lab.kind.tuning))
+        def score(choice):
+            kept = lab.held_out(finished(lab, chosen_merge(lab, m, choice, res), lab.kind.tuning))
+            if tried is not None: tried.append(dict(method=m, setting=choice[0], scale=choice[1], kept=kept))
+            return kept
         res[m] = found[0] if len(found)==1 else max(found, key=score)
     df = pd.DataFrame(grid)
     if not len(df): return res

@@ -135,7 +135,8 @@ where_snr = [_where_snr(vision), _where_snr(sst2_emotion), _where_snr(sst2_cola,
 
 _many_parts = (Part('experts', many.expert_rows, ('method',), 'Experts', wide=True, plain=True, cost=60),
     Part('many', partial(many.many_rows, order=eight), title='From two tasks to eight', table=many.many_table,
-        figure=many.plot_many, wide=True, plain=True, cost=900))
+        figure=many.plot_many, wide=True, plain=True, cost=900),
+    Part('tried', title='On the items that settings were chosen on', table=many.tried_table))
 
 # As few unlabelled texts per task as one may hope to have.
 eight_tasks = experiment(Experiment('eight-tasks', texts.Texts(), many_texts, _many_parts,
