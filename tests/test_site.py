@@ -52,7 +52,7 @@ class Page(HTMLParser):
         o = dict(attrs)
         self.ids |= {o[k] for k in ('id','name') if o.get(k)}
         self.links += [o[k] for k in ('href','src') if o.get(k) and not re.match(r'\w+:', o[k])]
-        if tag=='img' or o.get('role')=='img': self.alts.append(o.get('alt') or o.get('aria-label') or '')
+        if tag=='img' or tag=='figure' and o.get('role')=='img': self.alts.append(o.get('alt') or o.get('aria-label') or '')
 
 def test_links_and_alternatives(site):
     "Every link within the site leads to a file and a place in it; every picture says in words what it shows"
