@@ -27,7 +27,8 @@ class Seen:
     page:str # Where it stands
     moved:float=None # Distance from the base, where it was unusual
 
-_vision,_emotion,_cola,_spoken = '01_resnet_vision','02_bert_sst2_emotion','03_bert_sst2_cola','08_language_models'
+_vision,_emotion = '01_resnet_vision','02_bert_sst2_emotion'
+_many,_spoken = '07_eight_tasks','08_language_models'
 
 seen = [
     Seen('convolutions', 2, 'standard', (), .7888, .7651, _vision),
@@ -51,9 +52,16 @@ seen = [
     Seen('encoder', 3, 'ridge_mean(eps=0.03)', (), .9167, .8238, _emotion),
     Seen('encoder', 3, 'ridge_mean(eps=0.03)', ('heads',), .9655, .9438, _emotion),
     Seen('encoder', 3, 'ridge_mean(eps=0.03)', ('match(ridge=0.01)','heads'), .9686, .9464, _emotion),
+    Seen('encoder', 4, 'standard', (), .5633, .2293, _many),
+    Seen('encoder', 4, 'ridge_mean(eps=0.3)', (), .8232, .6293, _many),
+    Seen('encoder', 4, 'ridge_mean(eps=0.3)', ('heads',), .9556, .8945, _many),
+    Seen('encoder', 4, 'ridge_mean(eps=0.3)', ('match(ridge=0.03)','heads'), .9388, .8541, _many),
+    Seen('encoder', 6, 'standard', (), .4634, .0600, _many),
+    Seen('encoder', 6, 'ridge_mean(eps=0.3)', (), .7400, .4089, _many),
+    Seen('encoder', 6, 'ridge_mean(eps=0.3)', ('heads',), .9254, .7377, _many),
     Seen('decoder', 4, 'standard', (), .6913, .3861, _spoken),
-    Seen('decoder', 4, 'ridge_mean', (), .9857, .9700, _spoken),
-    Seen('decoder', 4, 'ridge_mean', ('match(ridge=0.3)',), .9826, .9513, _spoken)]
+    Seen('decoder', 4, 'task_arithmetic', (), .8704, .6776, _spoken),
+    Seen('decoder', 4, 'ridge_mean', (), .9857, .9700, _spoken)]
 
 def evidence() -> pd.DataFrame: # A row per merge
     "All that recommendations rest on"
@@ -99,7 +107,7 @@ def facts_of(
         (units.role=='stat').any().item(), _moved(models, base, names) if names else None)
 
 # %% ../nbs/76_recommend.ipynb #7e00000d
-_needs_base = 'ridge_mean','tsv_m','ties'
+_needs_base = 'ridge_mean','tsv_m','ties','task_arithmetic'
 
 class Advice:
     "A recipe, and what it rests on"
