@@ -138,6 +138,7 @@ def tried_table(
     df = best.pivot_table(index='method', columns='number', values='kept').rename(columns=lambda n: f'{n} tasks')
     return df.loc[[m for m in called if m in df.index]].rename(index=called).rename_axis(columns=None).round(3).reset_index()
 
+# %% ../../nbs/lab/56_many.ipynb #c0ffee56
 def plot_many(
     results:Results,
 ) -> Figure: # Two panels

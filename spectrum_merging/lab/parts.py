@@ -173,6 +173,7 @@ def choose(
         res[of] = strategy,int(top)
     return res
 
+# %% ../../nbs/lab/50_parts.ipynb #c0ffee51
 def choice_name(method, choice):
     "What a chosen merge is called in tables"
     if method in guided: return guided[method]
