@@ -63,6 +63,7 @@ seen = [
     Seen('decoder', 4, 'task_arithmetic', (), .8704, .6776, _spoken),
     Seen('decoder', 4, 'ridge_mean', (), .9857, .9700, _spoken)]
 
+# %% ../nbs/76_recommend.ipynb #c0ffee76
 def evidence() -> pd.DataFrame: # A row per merge
     "All that recommendations rest on"
     return pd.DataFrame([vars(o) | dict(repairs=' '.join(o.repairs)) for o in seen])
