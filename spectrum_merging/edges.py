@@ -12,7 +12,6 @@ __all__ = ['default_estimator', 'random_signs', 'largest_eigenvalue', 'flipped_t
 import numpy as np
 from math import inf, sqrt
 from numpy.random import PCG64
-from scipy.special import stdtrit
 from .rules import recipe, rule
 from .spectrum import (Matrix, Spectrum, as_matrix, centred, is_bulk, ks_distance, largest_law, matrix, noise_edge, rank_measures,
     rounding_level, spike_strength, square_unit)
@@ -84,6 +83,7 @@ def flip_edge(
     alpha:float=.01, # Chance that one pure-noise matrix passes it
 ) -> tuple[float, float]: # End of the noise, its standard error, both in units of `tops`
     "Where sign-flipped copies end ([Hong, Sheng & Dobriban 2020](https://arxiv.org/abs/2012.02985))"
+    from scipy.special import stdtrit
     k,(mu,s,centre),mean = len(tops),largest_law(m, n),float(tops.mean())
     # 1.268: standard deviation of the Tracy–Widom law, which noise of one size has.
     sd = max(float(tops.std(ddof=1)), mean*1.268*s/(mu+centre*s))

@@ -95,7 +95,7 @@ def merge(
     notes = list(dict.fromkeys([*plan.meta.get('notes', []), *beside_notes(models, base, files_from)]))
     grams = {m: Checkpoint(o) for m,o in (grams or {}).items()}
     rows = plan_rows(plan, models, base, dtype, grams)
-    sources = (models | (dict(base=base) if base and (plan.table.base!=0).any() else {})
+    sources = (models | (dict(base=base) if base and any(r['base'] for r in plan.rows) else {})
         | {o: grams[o[6:]] for o in dict.fromkeys(o for r in rows for o in r.grams)})
     ties = tied(plan, models)
     if out is None:
