@@ -890,6 +890,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'spectrum_merging.extract.merge_adapter': ( 'extract.html#merge_adapter',
                                                                                       'spectrum_merging/extract.py'),
                                           'spectrum_merging.extract.summary': ('extract.html#summary', 'spectrum_merging/extract.py')},
+            'spectrum_merging.extras': { 'spectrum_merging.extras.missing': ('extras.html#missing', 'spectrum_merging/extras.py'),
+                                         'spectrum_merging.extras.needed': ('extras.html#needed', 'spectrum_merging/extras.py')},
             'spectrum_merging.factors': { 'spectrum_merging.factors._halves': ('factors.html#_halves', 'spectrum_merging/factors.py'),
                                           'spectrum_merging.factors._missed': ('factors.html#_missed', 'spectrum_merging/factors.py'),
                                           'spectrum_merging.factors._seems': ('factors.html#_seems', 'spectrum_merging/factors.py'),

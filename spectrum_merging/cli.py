@@ -12,6 +12,7 @@ import os, re, sys, time
 from collections import Counter
 from argparse import Action
 from .command import Chosen, CliError, Usage, bars, command, say, shown, stop, usage
+from .extras import needed
 from .rules import recipe, rule_lines, rule_names
 from typing import Annotated
 
@@ -400,6 +401,7 @@ def run_cli(
     kinds = _groups.get(experiment, [experiment])
     with usage(): experts = _experts(experiment, experts, base)
     if quick and budget not in (None, 'quick'): raise Usage(f"--quick and --budget {budget}: leave one of them")
+    needed('accelerate') # of the extra that brings all that a run imports
     from spectrum_merging.lab.run import new_folder, run
     out,seen = new_folder(out, experiment),[]
     def show(title, df):

@@ -46,7 +46,7 @@ def _canonical(op):
     "An operation written in the one way that counts"
     return op if op in ('linear', FITTED) else recipe(op, 'matrix', 'operation').text
 
-# %% ../nbs/40_plan.ipynb #00000008
+# %% ../nbs/40_plan.ipynb #fra00001
 def _is_finite(v):
     try: return isfinite(v)
     except TypeError: return False
@@ -57,6 +57,7 @@ def _frame(rows, columns):
     df = pd.DataFrame(rows, columns=columns)
     return df.assign(passes=pd.array(df.passes.tolist(), dtype='boolean')) if 'passes' in df else df
 
+# %% ../nbs/40_plan.ipynb #00000008
 class Plan:
     "A table of merge coefficients with the settings that made it"
     def __init__(self,
@@ -98,12 +99,7 @@ class Plan:
             for r in self.rows)
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
-    explain:Callable; diff:Callable; save:Callable; load:'Callable[..., Plan]' # patched in below
-
-    def plot(self):
-        "What each layer is made of, and the SNRs that decided (see `plot_plan`)"
-        from spectrum_merging.pictures import plot_plan
-        return plot_plan(self.table, self.models, cut=self.meta.get('cut'), title=self._title())
+    plot:Callable; explain:Callable; diff:Callable; save:Callable; load:'Callable[..., Plan]' # patched in below
 
     def _repr_html_(self): return html_table(self.table, self._title())
     def __repr__(self): return f'Plan({self._title()})'
@@ -320,6 +316,12 @@ def make_plan(
 update_plan = make_plan # Where the strategy is an operation on updates
 
 # %% ../nbs/40_plan.ipynb #00000023
+@patch
+def plot(self:Plan):
+    "What each layer is made of, and the SNRs that decided (see `plot_plan`)"
+    from spectrum_merging.pictures import plot_plan
+    return plot_plan(self.table, self.models, cut=self.meta.get('cut'), title=self._title())
+
 @patch
 def explain(
     self:Plan,
