@@ -17,6 +17,7 @@ floors = [
     ['rules','arithmetic','factors','files','patterns','parallel','matrices','batches','evaluate','plot','shown'],
     ['units','unlabelled','align','quantised','formats','stored','bounds'],
     ['spectrum','lowrank','strategies','activations','layout','pickles'],
+    ['largest'],
     ['edges','adapter','decisions'],
     ['checkpoint','pictures'],
     ['names','heads','beside','drawn'],
