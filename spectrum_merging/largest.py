@@ -177,7 +177,10 @@ class Krylov:
             H[:,self.size:] += h
         H[self.size:] = H[:,self.size:].T
         self.V,self.H = V,H
-        self.next,self.R = np.linalg.qr(Z)
+        # Columns that are nearly the same leave rounding, which is not yet orthogonal to what is there.
+        Q,R = np.linalg.qr(Z)
+        self.next,again = np.linalg.qr(Q-V@(V.T@Q))
+        self.R = again@R
 
     def ritz(self) -> tuple: # Eigenvalues, descending; how far each may be off; vectors within the space
         "What the space knows of the eigenvalues"
