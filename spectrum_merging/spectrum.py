@@ -266,7 +266,7 @@ class Spectrum:
     fits:bool=True # Whether the noise that was fitted describes the bulk; if not, `edge` and `n_spikes` are rough
     edge_error:float=0. # Standard error of `edge` where it was drawn by chance, in units of `eigs`
     unit:float=1. # `eigs` and `edge` are in units of its square: 1 unless W² is no float64
-    eigs_error:float=0. # Bound of the relative error of `eigs` above `edge` where only they were computed and the rest is an estimate
+    eigs_error:float=field(default=0., repr=False) # Bound of the relative error of `eigs` above `edge` where only they were computed and the rest is an estimate
 
     @property
     def beta(self): return self.m/self.n
