@@ -242,6 +242,7 @@ class Largest:
             if space.size < 1.1*asked: continue
             asked,(val,off,y) = space.size,space.ritz()
             k = int((val*unit > level).sum())
+            if k==len(val): continue
             if (off[:k] <= _tolerance*val[:k]).all() and off[k] <= max(_tolerance*val[k], level/unit-val[k]): break
         self.vec,self.y,self.level = None,y[:,:k],level
         # What rounding adds is noise, and moves no singular value by more than its largest one.
