@@ -9,8 +9,10 @@ __all__ = ['scan_cli', 'merge_cli', 'extract_cli', 'verify_cli', 'compare_cli', 
 
 # %% ../nbs/95_cli.ipynb #00000003
 import os, re, sys, time
+from collections import Counter
 from argparse import Action
 from .command import Chosen, CliError, Usage, bars, command, say, shown, stop, usage
+from .extras import needed
 from .rules import recipe, rule_lines, rule_names
 from typing import Annotated
 
@@ -151,14 +153,15 @@ def _dry(plan, models, base, out, dtype, files_from, fitted, as_adapter):
     made = plan.table.assign(tensors=1, takes=[mixture(plan.coefs(r), r['op']) for r in plan.table.to_dict('records')])
     print(shown(made.groupby(['unit','takes','reason'], sort=False).tensors.sum().reset_index().to_string(index=False)))
     if not fitted: n = check_merge(plan, models, base, None if as_adapter else out, dtype=dtype, files_from=files_from)
-    say('nothing is written' + f'; a merge has {len(plan.table)} tensors'
+    say('nothing is written' + f'; a merge has {len(plan.rows)} tensors'
         + ('' if fitted else f' and {n/1e6:,.1f} MB') + '; their numbers are looked at when they are merged')
 
 def _summary(plan):
     "How many tensors each mixture gets"
     from spectrum_merging.plan import mixture
-    mixtures = plan.table.apply(lambda r: mixture(plan.coefs(r), r['op']), axis=1)
-    return mixtures.value_counts().rename('tensors').to_string()
+    counts = Counter(mixture(plan.coefs(r), r['op']) for r in plan.rows).most_common()
+    wide = max(len(k) for k,_ in counts)
+    return '\n'.join(f'{k:{wide}}  {n:{len(str(counts[0][1]))}}' for k,n in counts)
 
 # %% ../nbs/95_cli.ipynb #5ca70021
 def _merged(plan, models, base, out, repair, inputs, text, memory, as_adapter, work, dtype, files):
@@ -401,6 +404,7 @@ def run_cli(
     kinds = _groups.get(experiment, [experiment])
     with usage(): experts = _experts(experiment, experts, base)
     if quick and budget not in (None, 'quick'): raise Usage(f"--quick and --budget {budget}: leave one of them")
+    needed('accelerate') # of the extra that brings all that a run imports
     from spectrum_merging.lab.run import new_folder, run
     out,seen = new_folder(out, experiment),[]
     def show(title, df):

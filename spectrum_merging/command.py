@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from fastcore.script import CliError, anno_parser
 from functools import wraps
 from . import __version__
+from .extras import missing
 from .rules import rules
 
 # %% ../nbs/93_command.ipynb #c0de0006
@@ -52,6 +53,7 @@ def _message(e):
     "What to say of an error"
     if isinstance(e, MemoryError): return f"not enough memory ({str(e) or 'none was left'}): use fewer workers (--workers 1) or a machine with more"
     if isinstance(e, RecursionError): return "something in the inputs is nested too deeply: it is damaged, or made to do harm"
+    if isinstance(e, ModuleNotFoundError) and (said := missing(e)): return said
     if isinstance(e, KeyError) and e.args: return e.args[0]
     if isinstance(e, OSError): return _of_system(e)
     if isinstance(e, (ValueError, TypeError, RuntimeError, ArithmeticError)): return str(e) or type(e).__name__
@@ -216,7 +218,8 @@ def command(
             global _quiet
             if args or kwargs: return inner(*args, **kwargs)
             p = parser(name)
-            given = read_arguments(p, sys.argv[1:], takes)
+            try: given = read_arguments(p, sys.argv[1:], takes)
+            except ModuleNotFoundError as e: raise SystemExit(shown(_message(e))) from None # of the room whose rule was typed
             given.pop('completion')
             _quiet = given.pop('quiet')
             try: inner(**given)

@@ -12,7 +12,7 @@ __all__ = ['metrics', 'controls', 'wilson', 'score', 'bootstrap', 'majority', 's
 import numpy as np, pandas as pd
 from itertools import combinations, permutations
 from scipy.stats import binomtest, t as student
-from sklearn.metrics import f1_score, matthews_corrcoef
+from .extras import needed
 
 # %% ../nbs/70_evaluate.ipynb #00000006
 def wilson(
@@ -38,9 +38,10 @@ def score(
             "pass one class per item")
     correct = int((preds==labels).sum())
     lo,hi = wilson(correct, len(labels))
-    f1 = f1_score(labels, preds, average='macro', labels=np.unique(labels), zero_division=0)
+    metrics = needed('sklearn.metrics')
+    f1 = metrics.f1_score(labels, preds, average='macro', labels=np.unique(labels), zero_division=0)
     return dict(accuracy=correct/len(labels), lo=lo, hi=hi, macro_f1=float(f1),
-        mcc=float(matthews_corrcoef(labels, preds)), n=len(labels))
+        mcc=float(metrics.matthews_corrcoef(labels, preds)), n=len(labels))
 
 # %% ../nbs/70_evaluate.ipynb #0000000d
 def _of_counts(counts, metric):

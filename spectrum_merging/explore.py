@@ -20,7 +20,8 @@ from PIL import Image
 from .checkpoint import TensorInfo
 from .evaluate import normalise
 from .layout import read_csv, read_file, read_scans
-from .plan import check_options, decide_layers, layer_cut, unit_snrs
+from .decisions import decide_layers, layer_cut
+from .plan import check_options, unit_snrs
 from .rules import recipe, rules
 
 # %% ../nbs/90_explore.ipynb #0000000a
@@ -56,6 +57,7 @@ def decide(
         raise ValueError(f"{strategy} adds updates: choose one of {', '.join(_usable(len(scans)))}")
     s = _layer_snrs(scans)
     coefs,cut = decide_layers(what, list(s.index), list(s), s, top=top).coefs,layer_cut(s, top=top)
+    coefs = pd.DataFrame(coefs, s.index, ['base', *s])
     table = pd.concat([s.add_prefix('snr_'), (s.max(axis=1)>cut).rename('passes'), coefs], axis=1)
     table = table.rename_axis('unit').reset_index()
     of = next(iter(next(iter(scans.values())).get('of', [])), None)

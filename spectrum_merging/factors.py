@@ -12,7 +12,7 @@ __all__ = ['slack', 'total', 'norm', 'cos_sin', 'angle', 'sphere_log', 'gamma', 
 import numpy as np
 from decimal import Context, Decimal
 from math import sqrt
-from scipy.linalg import svd as slow_svd
+from threadpoolctl import threadpool_limits
 
 # %% ../nbs/33_factors.ipynb #f1000006
 def total(
@@ -133,13 +133,18 @@ def svd_standard(
     return (_units+_more*sqrt(sum(np.shape(d))))*2.**-53*np.linalg.norm(d)
 
 # %% ../nbs/33_factors.ipynb #f100000b
+def _slow_svd(d):
+    "By SciPy, whose BLAS is told so late how many threads it may use because few matrices need it"
+    from scipy.linalg import svd
+    with threadpool_limits(1, 'blas'): return svd(d, full_matrices=False, lapack_driver='gesvd')
+
 def _svds(d):
     "The decomposition by several ways"
     try: yield np.linalg.svd(d, full_matrices=False)
     except np.linalg.LinAlgError: pass
-    yield slow_svd(d, full_matrices=False, lapack_driver='gesvd')
+    yield _slow_svd(d)
     # rows in another order take another way through the iteration
-    u,s,v = slow_svd(d[::-1], full_matrices=False, lapack_driver='gesvd')
+    u,s,v = _slow_svd(d[::-1])
     yield u[::-1],s,v
 
 def _skew(q):

@@ -74,7 +74,7 @@ def tied(
     models:dict, # `{name: Checkpoint}`
 ) -> dict: # `{name: name of the tensor that is written}`
     "Tensors that share memory in all models and are written once; one that any model has of its own is written"
-    names,first = set(plan.table.name),models[plan.models[0]]
+    names,first = {r['name'] for r in plan.rows},models[plan.models[0]]
     def root(o, k): return o.aliases.get(k, k)
     def everywhere(k, v): return all(k not in o or root(o, k)==root(o, v) for o in models.values())
     return {k: v for k,v in first.aliases.items() if v in names and everywhere(k, v)}
@@ -84,7 +84,7 @@ def untied(
     models:dict, # `{name: Checkpoint}`
 ) -> bool:
     "Whether the first model ties tensors that the result holds apart, because another model does"
-    first,written = models[plan.models[0]],set(plan.table.name)
+    first,written = models[plan.models[0]],{r['name'] for r in plan.rows}
     return any(k in written and v in written for k,v in first.aliases.items() if k not in tied(plan, models))
 
 # %% ../nbs/57_folder.ipynb #0000000a
@@ -138,7 +138,7 @@ def leading_head(
     files_from:str, # Model that configuration and tokenizer come from
 ) -> str: # Its name where the folder itself is opened with its head; None where it has none or no configuration
     "Whose head the folder itself loads with: a configuration without its head would be filled up at random"
-    tasks = head_tasks(plan.table.name)
+    tasks = head_tasks(r['name'] for r in plan.rows)
     return files_from if files_from in tasks and read_config(models[files_from].folder) else None
 
 def _main_dtype(files):
@@ -154,7 +154,7 @@ def ways_to_load(
     out='.', # The folder
 ) -> list: # Of sentences
     "How each task of a merge is opened, for people"
-    tasks,lead = head_tasks(plan.table.name),leading_head(plan, models, files_from)
+    tasks,lead = head_tasks(r['name'] for r in plan.rows),leading_head(plan, models, files_from)
     kinds = {m: class_name(o) for m,o in models.items() if read_config(o.folder)}
     def opened(m, at): return f"{kinds[m]}.from_pretrained('{at}')" if kinds.get(m) else f"AutoModel.from_pretrained('{at}')"
     if not tasks: return [f'load it: {opened(files_from, out)}'] if files_from in kinds else [f"load it: load_task('{out}')"]
@@ -173,7 +173,7 @@ def card(
     ids = [s.label.partition('@')[0] for s in sources.values()
         if s.files and not Path(s.label).expanduser().exists()]
     head = ''.join(f'\n- {o}' for o in ids)
-    counts = plan.table.apply(lambda r: mixture(plan.coefs(r), r['op']), axis=1).value_counts()
+    counts = Counter(mixture(plan.coefs(r), r['op']) for r in plan.rows)
     how = ', '.join(f'{k} {v}' for k,v in plan.meta.items()
         if k in ('strategy','protocol','estimator','of','threshold','top'))
     return '\n'.join(['---', 'tags:\n- merge\n- spectrum-merging']
@@ -185,7 +185,7 @@ def card(
         f"`{files_from}`. What each tensor was made from is in `plan.csv`, hashes are in "
         '`merge.json`; `spectrum-verify` makes the tensors again and compares.',
         '', '| tensors | are |', '|---|---|']
-        + [f'| {n} | {k} |' for k,n in counts.items()]
+        + [f'| {n} | {k} |' for k,n in counts.most_common()]
         + ['', '## How to load it', ''] + [f'- {o}' for o in ways_to_load(plan, {m: sources[m] for m in plan.models}, files_from)]
         + (['', '## What was decided', '', *[f'- {o}' for o in notes]] if notes else [])
         + ['', '## Results', '', results or 'Not evaluated yet.', ''])
@@ -292,7 +292,7 @@ def _finish(part, plan, files, sums, sources, hashes, files_from, results, notes
     (data/'README.md').write_text(card(plan, sources, files_from, results, notes), encoding='utf-8')
     small = [o for o in sorted(data.rglob('*')) if o.is_file() and o.suffix!='.safetensors'
         and o.relative_to(data).as_posix() not in ('README.md', 'merge.json')]
-    computed = dict(computed_with=computed_with()) if (plan.table.op!='linear').any() else {}
+    computed = dict(computed_with=computed_with()) if any(r['op']!='linear' for r in plan.rows) else {}
     manifest = dict(made_by=_me, plan_digest=plan.digest, plan=plan.meta,
         **settings, **computed, tied=tied(plan, {m: models[m] for m in plan.models}),
         inputs={m: _source(o) | dict(sha256=hashes[m]) for m,o in sources.items()},

@@ -13,6 +13,7 @@ __all__ = ['first_bytes', 'is_safetensors', 'is_pickle', 'foreign', 'foreign_fol
 import json, os, re, subprocess, sys, zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from .extras import needed
 from .files import inside, lies_inside, open_regular, own_file, parse_json, read_text
 from .parallel import quiet
 
@@ -279,7 +280,7 @@ def tied_names(
     "What `transformers` ties in a model of this class"
     arch = (config.get('architectures') or [None])[0]
     if not isinstance(arch, str): return {}
-    import transformers
+    transformers = needed('transformers')
     keys = getattr(getattr(transformers, arch, None), '_tied_weights_keys', None)
     if not isinstance(keys, dict): return {}
     untied = config.get('tie_word_embeddings') is False
@@ -295,7 +296,7 @@ def meta_model(
     config:dict, # config.json of a model
 ): # Without weights; None where the installed `transformers` has no such class
     "The model as `transformers` builds it"
-    import torch, transformers
+    torch,transformers = needed('torch'),needed('transformers')
     kind,arch = config.get('model_type'),(config.get('architectures') or [None])[0]
     cls = getattr(transformers, arch, None) if isinstance(arch, str) and arch.isidentifier() else None
     if not isinstance(kind, str) or not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel): return None
@@ -311,12 +312,13 @@ def name_changes(
     built=None, # The same as a model, where it was made before; `meta_model(config)`
 ) -> list: # Of `WeightRenaming` and `WeightConverter` of transformers
     "What `transformers` does to names of this class of model, or of its type where it cannot be made"
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
+    mapping = needed('transformers.conversion_mapping')
     if built is None: built = meta_model(config)
-    if built is not None: return get_model_conversion_mapping(built)
+    if built is not None: return mapping.get_model_conversion_mapping(built)
+    of_kind = mapping.get_checkpoint_conversion_mapping
     asked = (config.get('architectures') or [None])[0],config.get('model_type')
-    known = next((o for k in asked if isinstance(k, str) and (o := get_checkpoint_conversion_mapping(k))), None) or []
-    return [*known, *get_checkpoint_conversion_mapping('legacy')]
+    known = next((o for k in asked if isinstance(k, str) and (o := of_kind(k))), None) or []
+    return [*known, *of_kind('legacy')]
 
 def loaded_names(
     names, # Of a model's tensors
@@ -324,9 +326,9 @@ def loaded_names(
     built=None, # The same as a model, where it was made before
 ) -> dict: # `{name: name under which transformers loads it}`; no two are the same
     "Names as the installed `transformers` has them"
-    from transformers.core_model_loading import WeightRenaming, apply_renamings, dot_natural_key
-    steps = [o for o in name_changes(config, built) if isinstance(o, WeightRenaming)]
-    res = {k: apply_renamings(k, steps) for k in sorted(names, key=dot_natural_key)}
+    t = needed('transformers.core_model_loading')
+    steps = [o for o in name_changes(config, built) if isinstance(o, t.WeightRenaming)]
+    res = {k: t.apply_renamings(k, steps) for k in sorted(names, key=t.dot_natural_key)}
     return res if len(set(res.values()))==len(res) else {k: k for k in names}
 
 # %% ../nbs/09_formats.ipynb #0000f0b4

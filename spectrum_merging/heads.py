@@ -139,11 +139,11 @@ def task_heads(
 
 def head_notes(
     found:Heads, # None where the user named the heads
-    units, # Table from `preflight`: a role for each tensor
+    roles:dict, # `{tensor: role}`
     models:list, # Their names
 ) -> list: # Of sentences
     "What was decided about heads, for people"
-    mine = list(units.index[units.role=='head'])
+    mine = [k for k,o in roles.items() if o=='head']
     known = found.prefixes if found else ()
     tops = dict.fromkeys(next((o for o in known if is_head(k, [o])), k.rpartition('.')[0] or k) for k in mine)
     which,res = ', '.join(tops),[]

@@ -11,6 +11,7 @@ __all__ = ['in_memory', 'check_out', 'merge', 'check_merge', 'loading', 'load_mo
 import os
 from pathlib import Path
 from .checkpoint import Checkpoint, file_metadata
+from .extras import needed
 from .files import free_folder, parse_json, read_json, user_path
 from .folder import tied, ways_to_load, write_folder
 from .journal import landed, partial_place
@@ -26,7 +27,7 @@ def in_memory(
     n_workers:int=None, # Threads
 ) -> dict: # `{row name: torch tensor}`
     "Run some rows of a plan"
-    import torch
+    torch = needed('torch')
     res = {r.name: torch.empty(r.info.nbytes, dtype=torch.uint8) for r in rows}
     flat = {k: v.numpy() for k,v in res.items()}
     def write(row, start, raw): flat[row.name][start:start+raw.nbytes] = raw.view('u1')
@@ -95,7 +96,7 @@ def merge(
     notes = list(dict.fromkeys([*plan.meta.get('notes', []), *beside_notes(models, base, files_from)]))
     grams = {m: Checkpoint(o) for m,o in (grams or {}).items()}
     rows = plan_rows(plan, models, base, dtype, grams)
-    sources = (models | (dict(base=base) if base and (plan.table.base!=0).any() else {})
+    sources = (models | (dict(base=base) if base and any(r['base'] for r in plan.rows) else {})
         | {o: grams[o[6:]] for o in dict.fromkeys(o for r in rows for o in r.grams)})
     ties = tied(plan, models)
     if out is None:
@@ -142,7 +143,7 @@ def load_model(
     **how, # Of `from_pretrained`
 ): # Module of `transformers`, in evaluation mode
     "The merged network of a task. Raises `KeyError` (unknown task), `ValueError` (nothing says which class, weights are absent)"
-    import transformers
+    transformers = needed('transformers')
     out = Path(out).expanduser()
     tasks = sorted(o.stem for o in (out/'heads').glob('*.safetensors'))
     if tasks and task not in tasks: raise KeyError(f"task is {task!r}: {out} has heads for {', '.join(tasks)}")

@@ -11,6 +11,7 @@ __all__ = ['constants', 'align']
 import numpy as np, re
 from .arithmetic import number_types, storage, widen
 from .checkpoint import Checkpoint
+from .extras import needed
 from .formats import loaded_names, name_changes
 
 # %% ../nbs/36_names.ipynb #00000007
@@ -94,10 +95,10 @@ def constants(
 # %% ../nbs/36_names.ipynb #0000000e
 def _joined(mine, theirs, config):
     "A pair of names of which transformers makes one by joining or splitting tensors, or None"
-    from transformers.core_model_loading import WeightConverter, apply_converters
-    steps = [o for o in name_changes(config) if isinstance(o, WeightConverter)]
+    t = needed('transformers.core_model_loading')
+    steps = [o for o in name_changes(config) if isinstance(o, t.WeightConverter)]
     for k in sorted(mine):
-        made,how = apply_converters(k, steps)
+        made,how = t.apply_converters(k, steps)
         hit = next((o for o in sorted(theirs) if o.startswith(made)), None) if how is not None and made!=k else None
         if hit: return k,hit
 

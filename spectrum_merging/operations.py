@@ -444,7 +444,7 @@ def operation_bound(
 
 def computed_with() -> dict: # What is worth knowing where results differ in their last digits
     "Versions, and the kernel of BLAS that multiplies matrices here"
-    # torch has a BLAS of its own, which nothing here is computed with
-    found = [o for o in threadpool_info() if o['user_api']=='blas' and 'torch' not in o['filepath']]
+    # torch and SciPy have a BLAS of their own, which is asked where LAPACK failed in NumPy's or not at all
+    found = [o for o in threadpool_info() if o['user_api']=='blas' and not any(k in o['filepath'] for k in ('torch', 'scipy.libs'))]
     blas = {f"{o['internal_api']} {o['version']} {o.get('architecture', '')}".strip() for o in found}
     return dict(numpy=np.__version__, blas=', '.join(sorted(blas)))

@@ -11,6 +11,7 @@ __all__ = ['n_cores', 'map_single_threaded', 'Bar', 'quiet', 'free_memory', 'giv
 import os, sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from .extras import needed
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
@@ -44,7 +45,7 @@ class Bar(tqdm):
 @contextmanager
 def quiet():
     "Without `transformers`' progress bars and advice"
-    from transformers.utils import logging
+    logging = needed('transformers.utils.logging')
     was,bars = logging.get_verbosity(),logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -12,6 +12,7 @@ import numpy as np, os, re, struct, sys, zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from functools import cached_property
+from .extras import needed
 from .files import InputFile, open_regular, remedy
 from .formats import state_in
 from .stored import Held, Stored, check_name, hold
@@ -82,7 +83,8 @@ def _placed(held, file, records, maps):
 # %% ../nbs/09_pickles.ipynb #00000007
 def _unpickle(path, mapped):
     "`torch.load`; what Lightning keeps of its arguments is let in as data"
-    import argparse, pathlib, torch
+    import argparse, pathlib
+    torch = needed('torch')
     args = dict(map_location='cpu', weights_only=True)
     names = ('lightning.fabric','pytorch_lightning','lightning.pytorch','lightning_fabric')
     data = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath,
@@ -103,6 +105,7 @@ def _loaded(path, mapped):
     "What a file holds. Raises `ValueError` where it would run code, or is damaged"
     import pickle
     try: return _unpickle(path, mapped)
+    except ModuleNotFoundError: raise
     except pickle.UnpicklingError as e:
         what = m[1] if (m := re.search(r'GLOBAL (\S+)', str(e))) else None
         raise ValueError(f"{path} is a pickle that holds more than tensors"
@@ -122,9 +125,8 @@ def open_pickle(
     sd = _loaded(path, records is not None)
     if not isinstance(sd, Mapping):
         raise ValueError(f"{path} holds a {type(sd).__name__}: save a state dict")
-    from torch import Tensor
     try:
-        sd,note = state_in(sd, lambda o: isinstance(o, Tensor))
+        sd,note = state_in(sd, lambda o: isinstance(o, needed('torch').Tensor))
         entries,tied = hold(dict(sd), path)
         for k in entries: check_name(k)
         if records is not None:

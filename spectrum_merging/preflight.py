@@ -6,11 +6,12 @@ Docs: nbs/38_preflight.ipynb"""
 
 # %% auto #0
 __all__ = ['row_columns', 'check_model_name', 'name_models', 'plan_settings', 'listed', 'PreflightError', 'out_problems',
-           'guesses', 'beside_notes', 'slips', 'preflight', 'Opened', 'open_models']
+           'guesses', 'beside_notes', 'slips', 'fitting', 'preflight', 'Opened', 'open_models']
 
 # %% ../nbs/38_preflight.ipynb #00000003
-import numpy as np, pandas as pd, re, shutil
+import numpy as np, re, shutil
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from .checkpoint import Checkpoint
@@ -20,7 +21,7 @@ from .files import parse_json, user_path
 from .heads import Heads, find_heads, head_notes, task_heads
 from .matrices import doubtful, layouts, owner_of, parameter_of
 from .names import align
-from .units import find_units, is_head
+from .units import find_places, is_head, units_table
 
 # %% ../nbs/38_preflight.ipynb #00000006
 row_columns = ['name','unit','role','op','base'] # What each row of a plan has, besides a column per model
@@ -92,12 +93,17 @@ class PreflightError(ValueError):
         sep:str=': ', # Between tensor and problem
         most:int=12, # How many to show
     ):
-        self.table = pd.DataFrame(problems, columns=['tensor','problem','remedy'])
-        ways = [f'{r}' for r in dict.fromkeys(self.table.remedy)]
+        self.problems = problems
+        ways = list(dict.fromkeys(f'{r}' for *_,r in problems))
         n = len(problems)
         super().__init__(f"{title} ({n} problem{'s'*(n>1)}):"
             + listed([f'{k}{sep}{what}' if k else what for k,what,_ in problems], most)
             + '\nWhat helps:' + listed(ways, most))
+
+    @cached_property
+    def table(self):
+        import pandas as pd
+        return pd.DataFrame(self.problems, columns=['tensor','problem','remedy'])
 
 _wrapped = {'module.': 'DataParallel put it there; save model.module.state_dict()',
     '_orig_mod.': 'torch.compile put it there; save model._orig_mod.state_dict()'}
@@ -144,10 +150,10 @@ def _architectures(name, ck, other, o):
             + f" ({name} is {a}, {other} is {b})"*bool(a and b))
 
 # %% ../nbs/38_preflight.ipynb #00000015
-def _pair_problems(name, ck, other, o, units):
+def _pair_problems(name, ck, other, o, roles):
     "Problems between the first model and another or the base"
     first,second,base = ck.infos,o.infos,other=='base'
-    mine = lambda k: base and (units.role[k]=='head' or is_head(k))
+    mine = lambda k: base and (roles[k]=='head' or is_head(k))
     lost = [k for k in first if k not in second and not mine(k)
         and ck.aliases.get(k) not in second]
     extra = [] if base else [k for k in second if k not in first and o.aliases.get(k) not in first]
@@ -159,15 +165,15 @@ def _pair_problems(name, ck, other, o, units):
         for k in ks:
             yield k,f"in {a}, not in {b}",(f"names differ by the prefix {p!r}: "
                 f"{_wrapped.get(p, 'save both models from the same class')}" if p
-                else _remedy(k, units.role.get(k), 'name'))
+                else _remedy(k, roles.get(k), 'name'))
     for k in [k for k in first if k in second and not mine(k)]:
         a,b = first[k],second[k]
         if a.is_complex: yield k,f"dtype {a.dtype}",'complex numbers are not supported: drop them'
         elif b.is_float!=a.is_float:
             yield k,f"dtype {a.dtype} in {name}, {b.dtype} in {other}",_remedy(k, '', 'dtype')
-        elif b.shape!=a.shape and units.role[k]!='head':
+        elif b.shape!=a.shape and roles[k]!='head':
             yield (k,f"shape {a.shape} in {name}, {b.shape} in {other}",
-                _remedy(k, units.role[k], 'shape'))
+                _remedy(k, roles[k], 'shape'))
 
 def out_problems(
     out, # Folder to write
@@ -185,14 +191,14 @@ def out_problems(
     return []
 
 # %% ../nbs/38_preflight.ipynb #00000010
-def _head_by_shape(infos, units):
+def _head_by_shape(infos, places):
     "The one unit whose tensors differ between models in their number of rows only, or None"
     first,*rest = infos
     odd = [k for k in first if any(k in o and o[k].shape!=first[k].shape for o in rest)]
     rows_only = all(k in o and len(o[k].shape)==len(first[k].shape)>0
         and o[k].shape[1:]==first[k].shape[1:] for k in odd for o in rest)
-    found = {units.unit[k] for k in odd}
-    one = rows_only and len(found)==1 and 'embedding' not in set(units.role[odd])
+    found = {places[k].unit for k in odd}
+    one = rows_only and len(found)==1 and not any(places[k].role=='embedding' for k in odd)
     return found.pop() if one else None
 
 # %% ../nbs/38_preflight.ipynb #0000f001
@@ -200,13 +206,13 @@ def guesses(
     models:dict, # `{name: Checkpoint}`
     base:Checkpoint, # Model that they were fine-tuned from, or None
     found:Heads, # What belongs to tasks; None where the user said it
-    units:pd.DataFrame, # From `preflight`
+    places:dict, # From `find_places`
 ) -> list: # Of sentences
     "Whatever was decided by a guess: heads, files, layouts, slips"
     first,everything = next(iter(models.values())),models | ({'base': base} if base else {})
     opened = [f'{m}: {o}' for m,ck in everything.items() for o in ck.notes]
-    laid = doubtful(layouts({k: first.infos[k] for k in units.index if k not in first.aliases}))
-    return [*head_notes(found, units, list(models)), *opened, *[laid]*bool(laid), *_in_two_parts(first.infos), *slips(models, base)]
+    laid = doubtful(layouts({k: first.infos[k] for k in places if k not in first.aliases}))
+    return [*head_notes(found, {k: o.role for k,o in places.items()}, list(models)), *opened, *[laid]*bool(laid), *_in_two_parts(first.infos), *slips(models, base)]
 
 def _in_two_parts(infos):
     "Layers with weight norm: what they multiply with is in no tensor"
@@ -274,14 +280,14 @@ def slips(
     return res
 
 # %% ../nbs/38_preflight.ipynb #00000011
-def preflight(
+def fitting(
     models:dict, # `{name: Checkpoint}`
     base:Checkpoint=None, # Model that they were fine-tuned from
     heads=None, # `Heads` or prefixes of task heads; None finds them, [] merges them like everything else
     out=None, # Folder that the merge will be written to
     files_from:str=None, # Model whose configuration counts where they contradict each other
-) -> pd.DataFrame: # Unit and role of each tensor
-    "Units of models that can be merged. Raises `PreflightError` that lists all that does not fit"
+) -> dict: # `{tensor: Place(unit, role)}`
+    "Unit and role of each tensor of models that can be merged. Raises `PreflightError` that lists all that does not fit"
     infos = {k: o.infos for k,o in models.items()}
     name,first = next(iter(infos.items()))
     ck = models[name]
@@ -292,18 +298,29 @@ def preflight(
             f"the last are {', '.join(list(first)[-3:])}")
     found = find_heads(ck, base) if heads is None else heads if isinstance(heads, Heads) else None
     prefixes = heads if found is None else list(found.prefixes)
-    units = find_units(first, prefixes, ck.aliases)
-    if found and (unit := _head_by_shape(infos.values(), units)) and units.role[units.unit==unit].ne('head').any():
-        units = find_units(first, [*prefixes, unit], ck.aliases)
-    units.loc[[k for k in units.index if k in ck.constants], 'role'] = 'buffer'
+    places = find_places(first, prefixes, ck.aliases)
+    if found and (unit := _head_by_shape(infos.values(), places)) and any(o.unit==unit and o.role!='head' for o in places.values()):
+        places = find_places(first, [*prefixes, unit], ck.aliases)
+    places |= {k: o._replace(role='buffer') for k,o in places.items() if k in ck.constants}
+    roles = {k: o.role for k,o in places.items()}
     others = {k: o for k,o in models.items() if k!=name} | (dict(base=base) if base else {})
-    problems = [p for k,o in others.items() for p in _pair_problems(name, ck, k, o, units)]
+    problems = [p for k,o in others.items() for p in _pair_problems(name, ck, k, o, roles)]
     problems += _conflicts(models, base, files_from)[0]
     if out is not None: problems += out_problems(out, sum(o.nbytes for o in first.values()))
     if problems: raise PreflightError(problems)
-    if all(units.role=='head'):
+    if all(o=='head' for o in roles.values()):
         raise ValueError("every tensor belongs to a head: name the heads with heads=[...]")
-    return units[[all(k in o for o in infos.values()) for k in units.index]]
+    return {k: v for k,v in places.items() if all(k in o for o in infos.values())}
+
+def preflight(
+    models:dict, # `{name: Checkpoint}`
+    base:Checkpoint=None, # Model that they were fine-tuned from
+    heads=None, # As for `fitting`
+    out=None, # Folder that the merge will be written to
+    files_from:str=None, # Model whose configuration counts where they contradict each other
+): # DataFrame: unit and role of each tensor
+    "`fitting` as a table. Raises `PreflightError` that lists all that does not fit"
+    return units_table(fitting(models, base, heads, out, files_from))
 
 # %% ../nbs/38_preflight.ipynb #ed380001
 @dataclass(frozen=True)
@@ -312,8 +329,11 @@ class Opened:
     models:dict # `{name: Checkpoint}`
     base:Checkpoint # Or None
     heads:Heads # What was found to belong to tasks; None where the user said it
-    units:pd.DataFrame # Unit and role of each tensor
+    places:dict # `{tensor: Place(unit, role)}`
     notes:list # What was decided by a guess, in sentences
+
+    @cached_property
+    def units(self): return units_table(self.places)
 
 def open_models(
     models, # List of models, or `{task: model}`
@@ -327,5 +347,5 @@ def open_models(
     named = isinstance(models, dict)
     models,base = name_models(models, base)
     found = task_heads(models, base, named) if heads is None else None
-    units = preflight(models, base if fits else None, found or heads, out, files_from)
-    return Opened(models, base, found, units, guesses(models, base, found, units))
+    places = fitting(models, base if fits else None, found or heads, out, files_from)
+    return Opened(models, base, found, places, guesses(models, base, found, places))

@@ -12,6 +12,7 @@ import numpy as np, re
 from dataclasses import replace
 from math import prod
 from .arithmetic import float8_values, number_types, storage, widen
+from .extras import needed
 from .files import parse_json
 
 # %% ../nbs/11_quantised.ipynb #00000007
@@ -81,7 +82,7 @@ class _Computed:
         np.frombuffer(buf, 'u1')[:] = raw[start-a*size:start-a*size+len(buf)]
 
     def tensor(self):
-        import torch
+        torch = needed('torch')
         buf = torch.empty(self.info.nbytes, dtype=torch.uint8)
         if self.info.nbytes: self.read_into(buf.numpy(), 0)
         return buf.view(getattr(torch, self.info.dtype)).reshape(self.info.shape)

@@ -36,6 +36,23 @@ def resolve_of(
             "pass base=, or of='weights'")
     return of
 
+# %% ../nbs/20_scan.ipynb #win00001
+# Numbers of a wide matrix that are read at one time, some columns of every row: 64 MB in bf16
+_window = 1<<25
+
+def _columns(ckpt, name, start, shape, kind):
+    "`read(a, b)` of columns of a wide matrix whose rows lie one after the other from number `start`"
+    rows,cols = shape
+    at,held = 0,np.empty((rows, 0), kind)
+    def read(a, b):
+        nonlocal at,held
+        if not at <= a <= b <= at+held.shape[1]:
+            at,held = a,np.empty((rows, min(max(b-a, _window//rows), cols-a)), kind)
+            for r in range(rows): ckpt.read_into(name, held[r], (start+r*cols+a)*kind.itemsize)
+        return held[:,a-at:b-at]
+    return read
+
+# %% ../nbs/20_scan.ipynb #win00002
 def _part(name, ckpt, label, layout, i):
     "Matrix `i` of a tensor as a `Matrix`: in pieces from its file, or as it lies in memory"
     info,n = ckpt.infos[name],ckpt.infos[name].numel//layout.count
@@ -50,6 +67,9 @@ def _part(name, ckpt, label, layout, i):
     def made(piece): return Matrix(layout.matrix, [(label, piece)], number_types[info.dtype].eps)
     if len(layout.block)==2 and (rows>cols or layout.flipped and rows==cols):
         return made(lambda a, b, kind: widen(read(a, b), info.dtype, kind).T)
+    if len(layout.block)==2 and rows*cols>_window:
+        columns = _columns(ckpt, name, i*n, (rows, cols), kind)
+        return made(lambda a, b, kind: widen(columns(a, b), info.dtype, kind))
     raw = read(0, rows) if len(layout.block)==2 else layout.one(read(0, 1))
     if len(layout.block)==3 and raw.shape[0]>raw.shape[1]: raw = raw.T
     return made(lambda a, b, kind: widen(raw[:,a:b], info.dtype, kind))
@@ -70,7 +90,7 @@ def _pooled(found):
         if k=='norm': return hypot(*values)
         if isinstance(values[0], (bool, np.bool_)): return all(values)
         return float(np.mean(values)) if isinstance(values[0], (int, float, np.number)) else values[0]
-    return {k: pool(k, [o[k] for o in found]) for k in found[0]}
+    return {k: pool(k, [o[k] for o in found if k in o]) for k in dict.fromkeys(k for o in found for k in o)}
 
 # %% ../nbs/20_scan.ipynb #5ca70001
 class Scan(pd.DataFrame):

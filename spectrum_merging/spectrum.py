@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from math import hypot, inf, log, pi, prod, sqrt
 import numpy as np, sys
-from scipy.optimize import brentq
-from scipy.special import gammaincinv, ndtri
 from .rules import Choice, rule
 from .shown import html_fields
 
@@ -145,6 +143,7 @@ def mp_median(
     beta:float, # Aspect ratio m/n, in (0, 1]
 ) -> float: # Median eigenvalue of the bulk for σ = 1
     "Median of the Marchenko–Pastur law ([Gavish & Donoho 2014](https://arxiv.org/abs/1305.5870))"
+    from scipy.optimize import brentq
     return brentq(lambda x: float(mp_cdf(x, beta))-.5, *mp_edges(beta))
 
 # %% ../nbs/00_spectrum.ipynb #0000001c
@@ -155,6 +154,7 @@ def tw_quantile(
     "Quantile of the real Tracy–Widom law, after [Chiani 2014](https://arxiv.org/abs/1209.3394)"
     if not 0 < alpha < 1:
         raise ValueError(f"alpha is {alpha}: a tail probability lies between 0 and 1, e.g. 0.01")
+    from scipy.special import gammaincinv
     return float(.186054*gammaincinv(46.446, 1-alpha) - 9.84801)
 
 # %% ../nbs/00_spectrum.ipynb #0000001d
@@ -173,6 +173,7 @@ def noise_edge(
     blur:float=0., # Relative standard error of σ², see `median_blur`
 ) -> float: # Eigenvalue of C for σ = 1
     "Finite-size end of the noise ([Johnstone 2001](https://doi.org/10.1214/aos/1009210544))"
+    from scipy.special import ndtri
     mu,s,mean = largest_law(m, n)
     return (mu + mean*s + hypot((tw_quantile(alpha)-mean)*s, ndtri(1-alpha)*blur*mu))/n
 
@@ -265,11 +266,12 @@ class Spectrum:
     fits:bool=True # Whether the noise that was fitted describes the bulk; if not, `edge` and `n_spikes` are rough
     edge_error:float=0. # Standard error of `edge` where it was drawn by chance, in units of `eigs`
     unit:float=1. # `eigs` and `edge` are in units of its square: 1 unless W² is no float64
+    eigs_error:float=field(default=0., repr=False) # Bound of the relative error of `eigs` above `edge` where only they were computed and the rest is an estimate
 
     @property
     def beta(self): return self.m/self.n
     def _repr_html_(self):
-        said = {k: getattr(self, k) for k in self.__dataclass_fields__ if k not in ('eigs','theta','unit','edge_error')}
+        said = {k: getattr(self, k) for k in self.__dataclass_fields__ if k not in ('eigs','theta','unit','edge_error','eigs_error')}
         return html_fields(said, f'Spectrum of {self.m} × {self.n}: SNR {self.snr:.4g}, {self.n_spikes} spikes')
 
 

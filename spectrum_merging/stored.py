@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from .arithmetic import codes, number_types
+from .extras import needed
 from .files import InputFile, parse_json, remedy
 
 # %% ../nbs/09_stored.ipynb #00000007
@@ -43,7 +44,7 @@ class Stored:
     def read_into(self, buf, start): self.file.read_into(buf, self.offset+start)
 
     def tensor(self):
-        import torch
+        torch = needed('torch')
         buf = torch.empty(self.info.nbytes, dtype=torch.uint8)
         if self.info.nbytes: self.read_into(buf.numpy(), 0)
         return buf.view(getattr(torch, self.info.dtype)).reshape(self.info.shape)
@@ -139,7 +140,7 @@ class Held:
 
     @cached_property
     def _bytes(self):
-        import torch
+        torch = needed('torch')
         return self.tensor().contiguous().reshape(-1).view(torch.uint8).numpy()
 
     def read_into(self, buf, start):
@@ -151,7 +152,7 @@ def hold(
     path=None, # File that they are from
 ) -> tuple[dict, dict]: # `{name: Held}`, `{name: first name}` of those that are tied
     "Tensors that are in memory. Raises `TypeError`, `ValueError` for what is no dense tensor"
-    from torch import Tensor
+    Tensor = needed('torch').Tensor
     bad = [k for k,v in sd.items() if not isinstance(k, str) or not isinstance(v, Tensor)]
     if bad:
         raise TypeError(f"state dict entry {bad[0]!r} is a {type(sd[bad[0]]).__name__}: "

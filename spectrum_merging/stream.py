@@ -78,7 +78,7 @@ def _misfits(plan, models, sources, laid, fitted):
     "`(tensor, problem, remedy)` for all that keeps the plan from running on these models"
     remake = "make the plan for these models, or give the models that it was made for"
     tied = {k: v for o in models.values() for k,v in o.aliases.items()}
-    for row in plan.table.to_dict('records'):
+    for row in plan.rows:
         if bad := _name_misfit(row['name'], models):
             yield bad
             continue
@@ -100,7 +100,7 @@ def _misfits(plan, models, sources, laid, fitted):
             yield k,'is float8, which has scales of its own','dequantise to bfloat16 or float32'
         elif mixed and any(o.is_complex for o in infos.values()):
             yield k,'is complex','drop it or take it from one model'
-    planned = set(plan.table.name.map(tensor_name))
+    planned = {tensor_name(r['name']) for r in plan.rows}
     for m,o in models.items():
         for k in o:
             if k not in planned and tied.get(k) not in planned:
@@ -141,8 +141,8 @@ def plan_rows(
     if list(models)!=plan.models:
         raise ValueError(f"the plan merges {plan.models}, the models given are {list(models)}: "
             "use the plan's names, in its order")
-    if base is None and (plan.table.base!=0).any():
-        raise ValueError(f"the plan takes {plan.table.name[plan.table.base!=0].iloc[0]} "
+    if base is None and (of_base := [r['name'] for r in plan.rows if r['base']]):
+        raise ValueError(f"the plan takes {of_base[0]} "
             "from the base and none was given: pass base=")
     if dtype not in (None, 'float64', 'float32', 'float16', 'bfloat16'):
         raise ValueError(f"dtype is {dtype!r}: choose 'float64', "
@@ -151,10 +151,10 @@ def plan_rows(
         f'grams@{m}': o for m,o in (grams or {}).items()}
     if odd := [m for m in grams or {} if m not in models]:
         raise ValueError(f"grams are given for {odd[0]!r}, the models are {', '.join(models)}")
-    laid = {m: layouts(o.infos) for m,o in models.items()} if not plan.table.op.isin(['linear', FITTED]).all() else {}
+    laid = {m: layouts(o.infos) for m,o in models.items()} if {r['op'] for r in plan.rows}-{'linear', FITTED} else {}
     if problems := list(_misfits(plan, models, sources, laid, fitted)):
         raise PreflightError(problems, 'plan and models do not fit', sep=' ')
-    rows = [_row(plan, r, models, sources, dtype, laid) for r in plan.table.to_dict('records')]
+    rows = [_row(plan, r, models, sources, dtype, laid) for r in plan.rows]
     if guess := doubtful({r.name: r.layout for r in rows if r.layout}): warnings.warn(guess)
     return rows
 

@@ -252,3 +252,39 @@ def test_in_pieces(kind, shape, monkeypatch):
         assert abs(two.n_spikes-one.n_spikes)<=1 and two.n_spikes==turned.n_spikes
         if two.n_spikes==one.n_spikes: assert two.edge==pytest.approx(one.edge, rel=.15)
         assert turned.edge==pytest.approx(two.edge, rel=1e-2)
+
+@pytest.mark.parametrize('shape', [(240,640), (300,300), (640,240)], ids=id_of)
+@pytest.mark.parametrize('kind', ['one size','both','heavy tails'])
+def test_largest_alone(kind, shape, monkeypatch):
+    "Above a size only spikes are computed: the same copies, edge and spikes, and an error bound that holds"
+    rng = np.random.default_rng(15)
+    X = noise(kind, *shape, rng)
+    W = planted(X, [o*threshold(kind, X) for o in (5, 3, 2.5)], rng)
+    monkeypatch.setattr('spectrum_merging.edges._most', 0) # the signs that pieces have
+    whole = flip(W)
+    monkeypatch.setattr('spectrum_merging.edges.LARGE', 1)
+    monkeypatch.setattr('spectrum_merging.largest.BLOCK', 8)
+    some = flip(W)
+    assert not whole.eigs_error and 0 < some.eigs_error <= .01
+    # A direction on the border may fall to either side.
+    k = min(whole.n_spikes, some.n_spikes)
+    assert k >= 3 and abs(some.n_spikes-whole.n_spikes)<=1 and some.edge==pytest.approx(whole.edge, rel=5e-3)
+    if some.n_spikes==whole.n_spikes: assert some.snr==pytest.approx(whole.snr, rel=.01)
+    assert (abs(some.eigs[:k]/whole.eigs[:k]-1) <= some.eigs_error).all() and some.norm==pytest.approx(whole.norm, rel=1e-6)
+    assert len(some.eigs)==len(whole.eigs) and some.effective_rank==pytest.approx(whole.effective_rank, rel=.15)
+    assert measure(W)['eigs_error']==some.eigs_error and flip(W.T).n_spikes==some.n_spikes
+
+def test_largest_refuses(monkeypatch):
+    "Where a few eigenvalues cannot stand for a matrix, all are computed; a NaN is an error as ever"
+    rng = np.random.default_rng(16)
+    odd = dict(lowrank=rng.normal(size=(96, 4))@rng.normal(size=(4, 200)), ones=np.ones((96, 200)), tiny=1e-200*rng.normal(size=(96, 200)),
+        one=rng.normal(size=(96, 200))+1e5*np.outer(rng.normal(size=96), rng.normal(size=200)))
+    want = {k: flip(W) for k,W in odd.items()}
+    monkeypatch.setattr('spectrum_merging.edges.LARGE', 1)
+    monkeypatch.setattr('spectrum_merging.largest.BLOCK', 8)
+    for k,W in odd.items():
+        got = flip(W)
+        assert not got.eigs_error and (got.n_spikes, got.snr, got.edge)==(want[k].n_spikes, want[k].snr, want[k].edge), k
+    W = rng.normal(size=(96, 200))
+    W[3,7] = np.nan
+    with pytest.raises(ValueError, match='1 NaN'): flip(W)

@@ -13,10 +13,12 @@ core = [k for k in files if not k.startswith('lab.') and k not in ('bench','cli'
 
 # A room imports only from floors below its own.
 floors = [
+    ['extras'],
     ['rules','arithmetic','factors','files','patterns','parallel','matrices','batches','evaluate','plot','shown'],
     ['units','unlabelled','align','quantised','formats','stored','bounds'],
     ['spectrum','lowrank','strategies','activations','layout','pickles'],
-    ['edges','adapter'],
+    ['largest'],
+    ['edges','adapter','decisions'],
     ['checkpoint','pictures'],
     ['names','heads','beside','drawn'],
     ['operations','scan','preflight','repair','match','blocks','live'],
