@@ -293,7 +293,8 @@ def folder_rows(
 ) -> list: # As `loss_rows` gives them, of test items
     "Scores and losses of a network from elsewhere, another tool's for instance, on every task"
     model = open_decoder(path)
-    found = {t: lab.kind.scores(lab, t, model, o.test_x) for t,o in lab.tasks.items()}
+    # in the half precision that a lab keeps its own in
+    found = {t: lab.kind.scores(lab, t, model, o.test_x).half() for t,o in lab.tasks.items()}
     rows = lab.scored({t: z.argmax(1).numpy() for t,z in found.items()}, heads='per task', **about)
     return _with_losses(lab, rows, {t: _loss(lab, t, z, 'test') for t,z in found.items()}, 'test')
 
