@@ -11,13 +11,14 @@ __all__ = ['with_body', 'batchnorm', 'channels', 'match', 'refit', 'distil', 're
 # %% ../nbs/69_chain.ipynb #00000003
 import copy
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from torch import nn
 from .batches import taken
 from .distil import check_answers, distil_answers
 from .match import ENOUGH, check_coverage, match_heads, match_layers
 from .plan import Plan
 from .repair import reestimate_bn, repair_channels
-from .rules import Choice, Range, Recipe, recipe, rule
+from .rules import Choice, Range, Recipe, recipe, rule, rule_names
 from .units import is_head
 
 # %% ../nbs/69_chain.ipynb #00000006
@@ -70,14 +71,18 @@ def distil(models, experts, batches, heads, epochs=10, lr=1e-4):
 
 # %% ../nbs/69_chain.ipynb #c0ffee22
 # What people call them in commands
-_called = dict(heads='refit', repair='channels')
+_names = dict(refit='heads', channels='repair')
 
 def repair_recipe(
     text:str, # 'match', 'match(ridge=0.1)', 'heads', 'batchnorm', 'repair'
 ) -> Recipe:
     "A repair by the name that a command has for it. Raises `ValueError`"
     name,bracket,rest = text.strip().partition('(')
-    return recipe(f'{_called.get(name.strip(), name)}{bracket}{rest}', 'repair')
+    known = {_names.get(o, o): o for o in rule_names('repair')}
+    if name.strip() not in [*known, *known.values()]:
+        near = get_close_matches(name, known, 1)
+        raise ValueError(f"repair {name!r} is unknown: {f'did you mean {near[0]!r}? Or ' if near else ''}choose one of {', '.join(known)}")
+    return recipe(f'{known.get(name.strip(), name)}{bracket}{rest}', 'repair')
 
 def check_repair(
     what:Recipe, # Of a repair

@@ -83,7 +83,6 @@ def _named(models):
         raise ValueError(f"two models have the same name: {', '.join(models)}")
     return {name: path for name,_,path in pairs}
 
-# %% ../nbs/95_cli.ipynb #b94e255b
 def _by_task(given, what):
     "`{task: value}` from NAME=VALUE; one value alone is for all. Raises `ValueError`"
     if not given: return None
@@ -152,9 +151,8 @@ def _dry(plan, models, base, out, dtype, files_from, fitted, as_adapter):
     from spectrum_merging.plan import mixture
     made = plan.table.assign(tensors=1, takes=[mixture(plan.coefs(r), r['op']) for r in plan.table.to_dict('records')])
     print(shown(made.groupby(['unit','takes','reason'], sort=False).tensors.sum().reset_index().to_string(index=False)))
-    if not fitted: n = check_merge(plan, models, base, None if as_adapter else out, dtype=dtype, files_from=files_from)
-    say('nothing is written' + f'; a merge has {len(plan.rows)} tensors'
-        + ('' if fitted else f' and {n/1e6:,.1f} MB') + '; their numbers are looked at when they are merged')
+    size = '' if fitted else f' and {check_merge(plan, models, base, None if as_adapter else out, dtype=dtype, files_from=files_from)/1e6:,.1f} MB'
+    say(f'{_summary(plan)}\nnothing is written; a merge has {len(plan.rows)} tensors{size}; their numbers are looked at when they are merged')
 
 def _summary(plan):
     "How many tensors each mixture gets"
@@ -175,7 +173,6 @@ def _merged(plan, models, base, out, repair, inputs, text, memory, as_adapter, w
     say(f'{_summary(plan)}\nwritten to {out}; the decision for each tensor is in {out}/plan.csv')
     for o in loading(plan, models, base, files['files_from'], out): say(o)
 
-# %% ../nbs/95_cli.ipynb #5ca70022
 def _may_push(repo):
     "Before hours of work: whether the name is one, and the hub knows us"
     from spectrum_merging.hub import check_login
@@ -448,4 +445,5 @@ def explore_cli(
                 "spectrum_merging.explorer.explore and spectrum_merging.explore.MergePanel.from_folder show the same without it")
         if results: return serve(write_notebook(results, f'{tmp}/panel.ipynb'), tmp, port, not no_browser)
         from spectrum_merging.explorer import serve_models
+        say(f'measuring {len(models)} models, which takes minutes where they are large and is kept; then the page is served')
         serve_models(models, base, tmp, heads=heads, out=out, port=port, browser=not no_browser, progress=bars())

@@ -240,7 +240,7 @@ def looked_at(
     "All that can be refused before a plan is made. Raises `ValueError`, `FileNotFoundError`"
     steps = [repair_recipe(o) for o in ([repairs] if isinstance(repairs, str) else repairs)]
     models,_ = name_models(models, base)
-    _check_given(models, inputs, [o.text for o in steps], moments)
+    _check_given(models, inputs, [repairs] if isinstance(repairs, str) else repairs, moments)
     if isinstance(text, dict) and (odd := [t for t in text if t not in models]):
         raise ValueError(f"text is given for {odd[0]!r}, the models are {', '.join(models)}")
     networks = networks or {t: Network(t, o) for t,o in models.items()}

@@ -11,6 +11,7 @@ __all__ = ['FITTED', 'update_plan', 'mixture', 'Plan', 'unit_snrs', 'model_scans
 import csv, hashlib, json, numpy as np
 from collections import Counter
 from collections.abc import Callable
+from difflib import get_close_matches
 from fastcore.basics import patch
 from io import StringIO
 from math import isfinite, nan
@@ -325,13 +326,15 @@ def plot(self:Plan):
 @patch
 def explain(
     self:Plan,
-    name:str, # Tensor or unit
+    name:str, # Tensor or unit, or words of its name: 'layer.0', 'query'
 ) -> str: # One line per tensor
     "Why each tensor called `name`, or in the unit `name`, gets what it gets. Raises `KeyError`"
     t = self.table
     rows = t[(t.name==name) | (t.unit==name) | (t.name.map(tensor_name)==name)]
+    if not len(rows): rows = t[t.name.map(lambda k: f'.{name}.' in f'.{k}.')]
     if not len(rows):
-        raise KeyError(f"the plan has no tensor or unit {name!r}; see plan.table.name")
+        near = get_close_matches(name, [*dict.fromkeys(t.unit), *t.name], 1, .3)
+        raise KeyError(f"the plan has no tensor or unit {name!r}: {f'did you mean {near[0]!r}? ' if near else ''}plan.table.name has all")
     settings = 'strategy','protocol','estimator','of','threshold','top'
     how = ', '.join(f'{k}={self.meta[k]}' for k in settings if k in self.meta)
     return '\n'.join([how] + [f"{r['name']} ({r['role']} of {r['unit']}): "

@@ -146,7 +146,7 @@ def recommend(
     best = max(found, key=lambda o: (o.mean, -len(o.repairs)))
     table = evidence().loc[[seen.index(o) for o in sorted(found, key=lambda o: -o.mean)]]
     notes = [f"kept {best.mean:.3f} of the experts, {best.worst:.3f} of the worst task, with {best.models} models of this kind "
-        f"(experiments/{best.page})"]
+        f"(page experiments/{best.page.partition('_')[2]})"]
     if best.models!=f.models: notes.append(f"you have {f.models} models: expect {'less' if f.models>best.models else 'more'}")
     if f.moved and f.moved>_far: notes.append(f"the updates are {f.moved:.0%} of the base's length: averages of such models fail; fit layers "
         "to inputs" + ('' if inputs else ', which you have not given'))
