@@ -126,7 +126,7 @@ def many_table(
     res = []
     for (n, needs, m),o in by_seed(results.part('many'), what).groupby(['number','needs','method'], sort=False):
         mean,lo,hi = mean_interval(o['mean'])
-        res.append(dict(tasks=n, method=m, needs=needs, mean=mean, lo=lo, hi=hi, worst=o.worst.mean(), first=o['first'].mean()))
+        res.append(dict(tasks=int(n), method=m, needs=needs, mean=mean, lo=lo, hi=hi, worst=o.worst.mean(), first=o['first'].mean()))
     return pd.DataFrame(res).dropna(axis=1, how='all').round(4)
 
 def tried_table(
@@ -135,7 +135,7 @@ def tried_table(
     "Share of the experts' scores that each method's best setting keeps on the held-out items it was chosen on"
     rows = results.part('tried')
     best = rows.loc[rows.groupby(['number','method']).kept.idxmax()]
-    df = best.pivot_table(index='method', columns='number', values='kept').rename(columns=lambda n: f'{n} tasks')
+    df = best.pivot_table(index='method', columns='number', values='kept').rename(columns=lambda n: f'{n:.0f} tasks')
     return df.loc[[m for m in called if m in df.index]].rename(index=called).rename_axis(columns=None).round(3).reset_index()
 
 # %% ../../nbs/lab/56_many.ipynb #c0ffee56
