@@ -671,6 +671,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'spectrum_merging.distil': { 'spectrum_merging.distil._divided': ('distil.html#_divided', 'spectrum_merging/distil.py'),
                                          'spectrum_merging.distil._excluding': ('distil.html#_excluding', 'spectrum_merging/distil.py'),
                                          'spectrum_merging.distil._judged': ('distil.html#_judged', 'spectrum_merging/distil.py'),
+                                         'spectrum_merging.distil._one_body': ('distil.html#_one_body', 'spectrum_merging/distil.py'),
                                          'spectrum_merging.distil._parts': ('distil.html#_parts', 'spectrum_merging/distil.py'),
                                          'spectrum_merging.distil._rate': ('distil.html#_rate', 'spectrum_merging/distil.py'),
                                          'spectrum_merging.distil._round': ('distil.html#_round', 'spectrum_merging/distil.py'),

@@ -45,17 +45,22 @@ def apart(
     return F.kl_div(F.log_softmax(found, -1), F.log_softmax(wanted, -1), log_target=True, reduction='batchmean')
 
 # %% ../nbs/68_distil.ipynb #d100000a
+def _one_body(models, heads):
+    "The first module's body. Raises `ValueError` where another one's differs"
+    bodies = {t: {k: p for k,p in m.named_parameters(remove_duplicate=False) if not is_head(k, heads)} for t,m in models.items()}
+    body = next(iter(bodies.values()))
+    for t,own in bodies.items():
+        if bad := [k for k in body | own if k not in own or k not in body or own[k].shape!=body[k].shape or not own[k].equal(body[k])]:
+            raise ValueError(f"{bad[0]} of {t} is not the one of {next(iter(models))}: one body that all tasks share is trained")
+    return body
+
 def share_body(
     models:dict, # `{task: module}`, changed in place
     heads:list=None, # Prefixes of task heads; None goes by the usual names
 ) -> dict: # `{task: module}`, the same
     "Let all modules use the first one's body. Raises `ValueError` where bodies differ"
-    first = next(iter(models.values()))
-    body = {k: p for k,p in first.named_parameters(remove_duplicate=False) if not is_head(k, heads)}
-    for t,m in models.items():
-        own = {k: p for k,p in m.named_parameters(remove_duplicate=False) if not is_head(k, heads)}
-        if bad := [k for k in body | own if k not in own or k not in body or own[k].shape!=body[k].shape or not own[k].equal(body[k])]:
-            raise ValueError(f"{bad[0]} of {t} is not the one of {next(iter(models))}: one body that all tasks share is trained")
+    body = _one_body(models, heads)
+    for m in models.values():
         for k,p in body.items():
             owner,_,leaf = k.rpartition('.')
             setattr(m.get_submodule(owner), leaf, p)
@@ -130,9 +135,9 @@ def _training(model):
     with torch.enable_grad(), torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), False): yield
 
 def _with_heads(models, experts, own, train, heads):
-    "Heads fitted to the inputs that are trained on, where least squares can fit them"
+    "Copies, with heads fitted to the inputs that are trained on, where least squares can fit them"
     with suppress(ValueError): return match_heads(models, experts, {t: [o[i] for k,i in train if k==t] for t,o in own.items()}, heads=heads)
-    return models
+    return {t: copy.deepcopy(m) for t,m in models.items()}
 
 def _round(loss, params, train, optimiser, rates):
     "One step on each part"
@@ -158,10 +163,10 @@ def distil_answers(
     "Train body and heads to give the experts' answers, and keep the round that gives them best on inputs set aside; relatives: [ProDistill](https://arxiv.org/abs/2502.12706), [SyMerge](https://arxiv.org/abs/2412.19098). Raises `ValueError`"
     if not list(merged)==list(experts)==list(batches): raise ValueError(f"merged models for {list(merged)}, experts for "
         f"{list(experts)}, inputs for {list(batches)}: pass the same tasks in the same order")
-    share_body({t: copy.deepcopy(m) for t,m in merged.items()}, heads)
+    _one_body(merged, heads)
     own = {t: _parts(prepared(o, merged[t])) for t,o in batches.items()}
     train,aside = _divided(own)
-    models = share_body({t: copy.deepcopy(m).eval() for t,m in _with_heads(merged, experts, own, train, heads).items()}, heads)
+    models = share_body({t: m.eval() for t,m in _with_heads(merged, experts, own, train, heads).items()}, heads)
     params = _trained(models)
     wanted = _wanted(experts, own)
     def loss(t, i): return apart(answers(models[t], own[t][i]), wanted(t, i), _excluding(models[t]))
@@ -169,9 +174,9 @@ def distil_answers(
     total,order = epochs*len(train),np.random.default_rng(0)
     optimiser = torch.optim.AdamW(params, lr, weight_decay=0.)
     rates = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda at: _rate(at, total))
-    with _training(models[train[0][0]]): best = _judged(loss, aside),[p.detach().clone() for p in params]
-    if not np.isfinite(best[0]): raise ValueError("answers of the merged models or of the experts are NaN or Inf: check inputs and models")
     with _training(models[train[0][0]]):
+        best = _judged(loss, aside),[p.detach().clone() for p in params]
+        if not np.isfinite(best[0]): raise ValueError("answers of the merged models or of the experts are NaN or Inf: check inputs and models")
         for e in range(epochs):
             _round(loss, params, [train[i] for i in order.permutation(len(train))], optimiser, rates)
             now = _judged(loss, aside)
