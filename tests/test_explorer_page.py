@@ -43,11 +43,15 @@ def redrawn(page, i, old):
     assert False, 'the picture stays'
 
 def press(page, what, *keys):
-    "Move the slider that is called `what`"
-    handle = page.locator('.widget-slider', has_text=what).locator('.noUi-handle')
-    handle.focus()
-    for k in keys: handle.press(k)
-    return float(page.locator('.widget-slider', has_text=what).locator('.widget-readout').inner_text())
+    "Move the slider that is called `what`, each key after what the one before it did is shown; the value it comes to"
+    slider = page.locator('.widget-slider', has_text=what)
+    handle,readout = slider.locator('.noUi-handle'),slider.locator('.widget-readout')
+    for k in keys:
+        shown = readout.inner_text()
+        handle.focus()
+        handle.press(k)
+        playwright().expect(readout).not_to_have_text(shown)
+    return float(readout.inner_text())
 
 def test_explorer_page(page, served):
     "Threshold, strategy, estimator, layer, and the plan saved"
