@@ -226,6 +226,17 @@ def bert_matrices(
     return {f'layer.{i}.{k}.weight': .04*torch.randn(s, generator=g) for i in range(layers)
         for k,s in shapes.items()}
 
+def _fine_tuned(base, seed):
+    "Noise, and a direction of another strength in each matrix"
+    import torch
+    g,res = torch.Generator().manual_seed(seed),{}
+    for k,W in base.items():
+        res[k] = W+1e-3*torch.randn(W.shape, generator=g)
+        if W.ndim<2: continue
+        u,v = (torch.randn(o, generator=g) for o in W.shape)
+        res[k] += 2e-3*float(torch.rand(1, generator=g))*torch.outer(u, v)
+    return res
+
 def _svdvals(sd):
     import torch
     for W in sd.values(): torch.linalg.svdvals(W.double())
@@ -251,12 +262,14 @@ def bench_scan(
     repeats:int=5, # How often each contestant runs, in turn, after one round that is not counted
     others:bool=True, # Run other tools too, where they are installed
 ) -> pd.DataFrame: # Contestant, median seconds, spread, how many times as long as the scan
-    "SNR of every matrix of an encoder, against other ways to get at its spectrum"
+    "SNR of what fine-tuning changed in every matrix of an encoder, against other ways to get at its spectrum"
     from spectrum_merging.scan import scan
-    sd = bert_matrices(layers, hidden)
-    one = {k: W for k,W in sd.items() if k.startswith('layer.0.')}
-    runs = {'scan': lambda: scan(sd, progress=False), 'Gram + eigvalsh alone': lambda: _gram(sd),
-        'svdvals, layer by layer': lambda: _svdvals(sd)}
+    base = bert_matrices(layers, hidden)
+    sd = _fine_tuned(base, 1)
+    update = {k: W-base[k] for k,W in sd.items()}
+    one = {k: W for k,W in update.items() if k.startswith('layer.0.')}
+    runs = {'scan': lambda: scan(sd, base, progress=False), 'scan by mp': lambda: scan(sd, base, estimator='mp', progress=False),
+        'Gram + eigvalsh alone': lambda: _gram(update), 'svdvals, layer by layer': lambda: _svdvals(update)}
     if others and find_spec('weightwatcher'):
         runs[f'WeightWatcher, MP fit (1 layer × {layers})'] = lambda: _weightwatcher(one)
     took = {k: [] for k in runs}
@@ -290,17 +303,6 @@ def _encoder(layers, hidden):
     sd = bert_matrices(layers, hidden)
     norms = {f'layer.{i}.norm{k}.{o}': torch.full((hidden,), float(o=='weight')) for i in range(layers) for k in range(2) for o in ('weight','bias')}
     return sd | {k.replace('weight', 'bias'): torch.zeros(len(W)) for k,W in sd.items()} | norms
-
-def _fine_tuned(base, seed):
-    "Noise, and a direction of another strength in each matrix"
-    import torch
-    g,res = torch.Generator().manual_seed(seed),{}
-    for k,W in base.items():
-        res[k] = W+1e-3*torch.randn(W.shape, generator=g)
-        if W.ndim<2: continue
-        u,v = (torch.randn(o, generator=g) for o in W.shape)
-        res[k] += 2e-3*float(torch.rand(1, generator=g))*torch.outer(u, v)
-    return res
 
 def _encoders(folder, layers, hidden):
     "Files of a base and of two models that were made from it; the same bytes each time"

@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import lru_cache
 from math import inf, sqrt
 from numpy.random import PCG64
-from .largest import LARGE, Largest, Refused, hashed_signs
+from .largest import LARGE, Lanczos, Largest, Refused, hashed_signs, started
 from .rules import recipe, rule
 from .spectrum import (Matrix, Spectrum, as_matrix, centred, is_bulk, ks_distance, largest_law, matrix, noise_edge, rank_measures,
     rounding_level, spike_strength, square_unit)
@@ -52,32 +52,15 @@ def random_signs(
 # %% ../nbs/02_edges.ipynb #00000108
 # On noise of 384 × 384 and of 768 × 3,072 the last six of these moved the value by less than 2 in 10,000.
 _steps = 24
-# Steps from one look at the value to the next, and by how little it then may grow: draws of 768 × 768 differ by 1 in 100.
-_look,_still = 4,1e-4
 
 def largest_eigenvalue(
     A:np.ndarray, # (m, n), fp32
     start:np.ndarray, # (m,) direction to start from
 ) -> tuple[float, np.ndarray]: # Of `A Aᵀ`; (m,) near its direction
-    "The largest squared singular value, from below ([Lanczos 1950](https://doi.org/10.6028/jres.045.026))"
-    m,top = len(A),0.
-    most = min(_steps, m)
-    V,T,last = np.zeros((most, m), 'f4'),np.zeros((most+1, most+1)),np.float32(0)
-    v = start/np.linalg.norm(start)
-    for s in range(most):
-        V[s] = v
-        z = A@(v@A)-last*V[s-1]
-        a = v@z
-        z -= a*v
-        last = np.linalg.norm(z)
-        T[s,s],T[s+1,s],T[s,s+1] = a,last,last
-        done = s+1==most or not last > 1e-6*T[0,0]
-        if done or s%_look==_look-1:
-            val,y = np.linalg.eigh(T[:s+1,:s+1])
-            if done or val[-1] <= top*(1+_still): break
-            top = val[-1]
-        v = z/last
-    return float(val[-1]),y[:,-1].astype('f4')@V[:s+1]
+    "The largest squared singular value, from below"
+    found = Lanczos(start, _steps)
+    while not found.done: found.take(A@(found.v@A))
+    return found.top,found.direction
 
 def _start(m): return np.float32(1)-np.float32(2)*(random_signs(m, m, 10**6)[0]>0)
 
@@ -91,11 +74,9 @@ def flipped_tops(
     raw,start = A.view('u4'),_start(m)
     found = []
     for i in range(draws):
-        # With a part of what is not near: the largest may have come to lie elsewhere.
-        first = start if near is None else near[i]+np.float32(.3*m**-.5)*start
-        signs = random_signs(m, n, i)
-        signs ^= raw
-        found.append(largest_eigenvalue(signs.view('f4'), first))
+        flipped = random_signs(m, n, i)
+        flipped ^= raw
+        found.append(largest_eigenvalue(flipped.view('f4'), started(start, None if near is None else near[i])))
     return tuple(map(np.array, zip(*found)))
 
 # %% ../nbs/02_edges.ipynb #0000000a
@@ -145,7 +126,9 @@ def _streamed_top(pieces, m, n, draw):
         E = (np.ascontiguousarray(Y).view('u4')^hashed_signs(m, n, i, i+Y.shape[1], draw)).view('f4')
         G += E@E.T
         i += Y.shape[1]
-    return sqrt(largest_eigenvalue(G, np.ones(m, 'f4'))[0])
+    found = Lanczos(np.ones(m, 'f4'), 200)
+    while not found.done: found.take(G@found.v)
+    return found.top
 
 # %% ../nbs/02_edges.ipynb #b0000000
 def _scaled(M, mean, scale, vec=None, part=None):
