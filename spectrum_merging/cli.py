@@ -58,6 +58,7 @@ def scan_cli(
     estimator:str=None, # Rule of kind 'estimator': flip (the default), mp, spectrum, …
     of:Annotated[str, "By default the update where there is a base", dict(choices=['weights','update'])]=None,
     workers:int=None, # Layers measured side by side
+    device:str=None, # Where to measure: cuda, cuda:1; by default the processor
     out:str=None, # CSV file to write instead of printing the table
 ):
     "Signal-to-noise ratio of every matrix of a model, or of its fine-tuning update"
@@ -65,7 +66,7 @@ def scan_cli(
     from spectrum_merging.edges import default_estimator
     from spectrum_merging.scan import scan
     df = scan(model, base, estimator=estimator or default_estimator, of=of, n_workers=workers,
-        progress=bars())
+        device=device, progress=bars())
     for o in df.attrs['notes']: say(o, sys.stderr)
     if out: df.to_csv(out, index=False)
     else: print(df.drop(columns=['unit','estimator','of']).to_string(index=False,

@@ -9,6 +9,7 @@ __all__ = ['resolve_of', 'scan']
 
 # %% ../nbs/20_scan.ipynb #00000003
 import numpy as np, pandas as pd
+from contextlib import nullcontext
 from functools import partial
 from math import hypot
 from .arithmetic import number_types, storage, widen
@@ -16,6 +17,7 @@ from .checkpoint import Checkpoint
 from .edges import default_estimator, measure
 from .matrices import flat_layout, layouts
 from .names import align
+from .on_device import OnDevice, device_named, full_precision
 from .parallel import Bar, map_single_threaded, n_cores
 from .rules import Estimator, recipe
 from .shown import html_table
@@ -125,12 +127,13 @@ def scan(
     estimator:'Estimator|str'=default_estimator, # A rule of kind 'estimator', see `edges`
     of:str=None, # 'weights' or 'update'; by default the update where there is a base
     heads:list=None, # Prefixes of task heads, which the base may lack; None goes by the usual names
-    n_workers:int=None, # Layers measured side by side; by default one per core
+    n_workers:int=None, # Layers measured side by side; by default one per core, with a device two
+    device:str=None, # 'cuda': where torch measures, by flip and mp; by default the processor, without torch
     progress:bool=True, # Show a progress bar
     seen=None, # Is called with name, number of the matrix, `Matrix` and what the estimator gave of it
 ) -> pd.DataFrame: # One row per tensor: name, unit, role, shape, snr, more of `measure`, estimator, of, layout, matrices
     "Measure every matrix of a model, several of one tensor each by itself. Raises what `Checkpoint`, `measure` and `resolve_of` raise"
-    what = recipe(estimator, 'estimator', 'estimator')
+    what,there = recipe(estimator, 'estimator', 'estimator'),device and device_named(device)
     of,base = resolve_of(of, base),None if base is None else Checkpoint(base)
     models,base = align(dict(model=Checkpoint(model, base)), base if of=='update' else None)
     model = models['model']
@@ -142,11 +145,16 @@ def scan(
     if base: names = [k for k in names if _comparable(k, infos, base, units.role[k])]
     if not names: raise ValueError(f"{model.label} holds no matrix to measure")
     jobs = sorted(names, key=lambda k: -infos[k].numel*min(laid[k].matrix))
-    def one(k): return _pooled([measure(_matrix(k, model, base, laid[k], i), what.text, k, seen and partial(seen, k, i))
-        for i in range(laid[k].count)])
-    found = map_single_threaded(one, jobs, n_workers or n_cores())
-    rows = dict(zip(jobs, Bar(found, total=len(jobs), desc='scan', unit='layer',
-        disable=not progress, leave=False)))
+    def one(k, i):
+        M = _matrix(k, model, base, laid[k], i)
+        if there: M.on = partial(OnDevice, device=there)
+        return measure(M, what.text, k, seen and partial(seen, k, i))
+    # two workers: one reads while the other's matrix is measured
+    n_workers = n_workers or (min(2, n_cores()) if there else n_cores())
+    with full_precision() if there else nullcontext():
+        found = map_single_threaded(lambda k: _pooled([one(k, i) for i in range(laid[k].count)]), jobs, n_workers)
+        rows = dict(zip(jobs, Bar(found, total=len(jobs), desc='scan', unit='layer',
+            disable=not progress, leave=False)))
     res = Scan([dict(name=k, unit=units.unit[k], role=units.role[k], shape=infos[k].shape,
         **rows[k], estimator=what.text, of=of, layout=laid[k].kind+'?'*(not laid[k].sure),
         matrices=laid[k].count) for k in names])

@@ -30,6 +30,7 @@ class Matrix:
     ):
         self.shape,self.parts,self.eps = shape,parts,eps
         self.m,self.n = sorted(shape)
+        self.on = None # what measures it instead of the processor: `OnDevice` of a device
 
     @property
     def is_single(self): return len(self.parts)==1 and self.eps >= 2**-23
@@ -227,7 +228,6 @@ def noise_level(
         if not fine and abs(mean-var) > 4*median_blur(m-r, n-r)*var: return var,edge,r
         fine,var = True,max(mean, floor)
 
-
 # %% ../nbs/00_spectrum.ipynb #00000028
 def spike_strength(
     L, # Eigenvalues over σ², any shape
@@ -273,8 +273,6 @@ class Spectrum:
     def _repr_html_(self):
         said = {k: getattr(self, k) for k in self.__dataclass_fields__ if k not in ('eigs','theta','unit','edge_error','eigs_error')}
         return html_fields(said, f'Spectrum of {self.m} × {self.n}: SNR {self.snr:.4g}, {self.n_spikes} spikes')
-
-
 
 # %% ../nbs/00_spectrum.ipynb #0000002c
 def _products(M, shift=0., unit=1., kind='f8'):
@@ -337,6 +335,7 @@ def centred(
     M:Matrix, # From `matrix`
 ) -> tuple[np.ndarray, np.ndarray, float, float]: # `gram(M)`, eigenvalues of C = it/n, unit, mean of `M`
     "Products of the rows without the mean of all entries, and their eigenvalues. Raises `ValueError` (NaN, Inf)"
+    if M.on: return M.on(M).centred
     G,unit,mean = gram(M, single=M.is_single)
     e = _eigvals(G)/M.n
     if M.is_single and e[0] > 1e4*np.median(e): # fp32 is too coarse for the noise under such spikes
@@ -350,7 +349,6 @@ def rounding_level(
 ) -> float: # Variance, in units of `e`
     "The noise that stored numbers and the arithmetic bring with them"
     return max(M.eps**2/12*e.mean(), np.finfo(float).eps*e[0])
-
 
 # %% ../nbs/00_spectrum.ipynb #spectrum1
 def is_bulk(
@@ -381,7 +379,6 @@ def spectrum(
     square,rest = square_unit(unit)
     return Spectrum(e*square, m, n, sqrt(var)*unit, edge*square, k, theta, float((theta**2).sum()/m), float(ratio),
         *rank_measures(e), ks, sqrt(e.sum()*n)*unit, is_bulk(ks, r, m), unit=rest)
-
 
 # %% ../nbs/00_spectrum.ipynb #0000f021
 def snr(

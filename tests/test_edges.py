@@ -245,7 +245,7 @@ def test_in_pieces(kind, shape, monkeypatch):
     for W in X,planted(X, [2.5*threshold(kind, X)], rng):
         one = flip(W)
         with monkeypatch.context() as m:
-            m.setattr('spectrum_merging.edges._most', 0)
+            m.setattr('spectrum_merging.edges.IN_MEMORY', 0)
             m.setattr('spectrum_merging.spectrum.PIECE', 37*min(shape))
             two,turned = flip(W),flip(W.T)
         # Other draws: a direction on the border may fall to either side.
@@ -260,7 +260,7 @@ def test_largest_alone(kind, shape, monkeypatch):
     rng = np.random.default_rng(15)
     X = noise(kind, *shape, rng)
     W = planted(X, [o*threshold(kind, X) for o in (5, 3, 2.5)], rng)
-    monkeypatch.setattr('spectrum_merging.edges._most', 0) # the signs that pieces have
+    monkeypatch.setattr('spectrum_merging.edges.IN_MEMORY', 0) # the signs that pieces have
     whole = flip(W)
     monkeypatch.setattr('spectrum_merging.edges.LARGE', 1)
     monkeypatch.setattr('spectrum_merging.largest.BLOCK', 8)

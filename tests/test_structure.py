@@ -19,7 +19,7 @@ floors = [
     ['spectrum','lowrank','strategies','activations','layout','pickles'],
     ['largest'],
     ['edges','adapter','decisions'],
-    ['checkpoint','pictures'],
+    ['checkpoint','pictures','on_device'],
     ['names','heads','beside','drawn'],
     ['operations','scan','preflight','repair','match','blocks','live'],
     ['plan','interop','rowfit','recommend','distil'],
