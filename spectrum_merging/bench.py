@@ -6,7 +6,7 @@ Docs: nbs/92_bench.ipynb"""
 
 # %% auto #0
 __all__ = ['sizes', 'llama_config', 'make_llama', 'watched', 'machine', 'bench_engine', 'bench_memory', 'bert_matrices',
-           'bench_scan', 'bench_scan_memory', 'bench_redraw', 'bench_sweep']
+           'bench_scan', 'bench_scan_memory', 'bench_gpu', 'bench_redraw', 'bench_sweep']
 
 # %% ../nbs/92_bench.ipynb #00000003
 import json, numpy as np, os, pandas as pd, platform, shutil, statistics, subprocess, sys, time
@@ -21,7 +21,7 @@ from .parallel import map_single_threaded, n_cores
 
 # %% ../nbs/92_bench.ipynb #00000006
 sizes = {.1: (768, 2048, 8000), 1.5: (2048, 5632, 32000), # GB: hidden, MLP, vocabulary
-    6: (4096, 11008, 32000)}
+    6: (4096, 11008, 32000), 14: (4096, 11008, 32000)}
 
 def llama_config(
     gigabytes:float, # One of `sizes`, or smaller for a test
@@ -223,8 +223,7 @@ def bert_matrices(
     g,shapes = torch.Generator().manual_seed(seed),dict.fromkeys(
         ['query','key','value','output'], (hidden, hidden))
     shapes |= dict(up=(4*hidden, hidden), down=(hidden, 4*hidden))
-    return {f'layer.{i}.{k}.weight': .04*torch.randn(s, generator=g) for i in range(layers)
-        for k,s in shapes.items()}
+    return {f'layer.{i}.{k}.weight': .04*torch.randn(s, generator=g) for i in range(layers) for k,s in shapes.items()}
 
 def _fine_tuned(base, seed):
     "Noise, and a direction of another strength in each matrix"
@@ -243,8 +242,7 @@ def _svdvals(sd):
 
 def _gram(sd):
     from spectrum_merging.spectrum import gram_eigs
-    list(map_single_threaded(lambda W: gram_eigs(W.double()),
-        sorted(sd.values(), key=lambda W: -W.numel()), n_cores()))
+    list(map_single_threaded(lambda W: gram_eigs(W.double()), sorted(sd.values(), key=lambda W: -W.numel()), n_cores()))
 
 def _weightwatcher(sd):
     import logging, torch
@@ -295,6 +293,29 @@ def bench_scan_memory(
         return pd.DataFrame([dict(
             gigabytes=sum(o.stat().st_size for o in a.glob('*.safetensors'))/1e9,
             seconds=t, MiB=mib)])
+
+# %% ../nbs/92_bench.ipynb #92ed0021
+def bench_gpu(
+    gigabytes=(1.5, 14), # Sizes of the checkpoints, of `sizes`
+    device:str='cuda', # Where to measure
+    folder=None, # Where the files go; a temporary folder by default
+) -> pd.DataFrame: # Size, matrices, seconds, peak of the device in MiB; of a layer measured here, too: seconds, same spikes
+    "A scan by sign flips on a GPU, and its first layer on the processor. Raises `ValueError` where there is none"
+    import torch
+    from spectrum_merging.on_device import device_named
+    from spectrum_merging.scan import scan
+    rows,there = [],device_named(device)
+    for gb in gigabytes:
+        with TemporaryDirectory(dir=folder) as d:
+            a,t = make_llama(Path(d)/'a', gb, 0),time.perf_counter()
+            if there.type=='cuda': torch.cuda.reset_peak_memory_stats(there)
+            found = scan(a, device=device, progress=False)
+            took,model = time.perf_counter()-t,Checkpoint(a)
+            layer,t = scan({k: model.read(k) for k in found.name if '.layers.0.' in k}, progress=False),time.perf_counter()-t-took
+        same = found.set_index('name').n_spikes[layer.name].tolist()==layer.n_spikes.tolist()
+        rows.append(dict(gigabytes=gb, matrices=len(found), seconds=took, layer_here=t, same_spikes=same,
+            MiB=torch.cuda.max_memory_allocated(there)/2**20 if there.type=='cuda' else np.nan))
+    return pd.DataFrame(rows)
 
 # %% ../nbs/92_bench.ipynb #92ed0001
 def _encoder(layers, hidden):

@@ -332,8 +332,7 @@ def compare_cli(
 # %% ../nbs/95_cli.ipynb #00000013
 @command('spectrum-bench engine --gigabytes 0.1 --repeats 1')
 def bench_cli(
-    what:Annotated[str, "What to measure",
-        dict(choices=['engine','memory','scan','scan-memory','redraw','sweep','all'])],
+    what:Annotated[str, "What to measure", dict(choices=['engine','memory','scan','scan-memory','gpu','redraw','sweep','all'])],
     gigabytes:float=1.5, # Size of each model: 0.1, 1.5 or 6
     repeats:int=5, # How often each contestant runs
     folder:str=None, # Where the files go (12 GB for 'engine'); a temporary folder by default
@@ -347,11 +346,12 @@ def bench_cli(
         'memory': lambda: b.bench_memory(folder=folder),
         'scan': lambda: b.bench_scan(repeats=repeats),
         'scan-memory': lambda: b.bench_scan_memory(gigabytes, folder),
+        'gpu': lambda: b.bench_gpu(folder=folder),
         'redraw': lambda: b.bench_redraw(folder=folder, say=say),
         'sweep': lambda: b.bench_sweep(repeats=repeats)}
     print(b.machine())
     for k,f in runs.items():
-        if what not in (k, 'all'): continue
+        if what!=k and (what!='all' or k=='gpu'): continue
         df = f()
         print(f"\n{k}\n{df.to_string(index=False, float_format='{:.3g}'.format)}")
         if out:

@@ -76,16 +76,26 @@ def bits_there(
     places = torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
     return ((packed[:,:,None]>>places)&1).reshape(m, -1)[:,:n].bool()
 
+# %% ../nbs/03_on_device.ipynb #dev1001c
+def _size(A):
+    "Mean of all entries, and mean of their squares"
+    torch = needed('torch')
+    return float(A.sum(dtype=torch.float64))/A.numel(),float(torch.linalg.vector_norm(A, dtype=torch.float64))**2/A.numel()
+
+def _sent(M, kind, device):
+    "The matrix on a device, in fp32 or fp64"
+    torch,at = needed('torch'),0
+    A = torch.empty(M.m, M.n, dtype=dict(f4=torch.float32, f8=torch.float64)[kind], device=device)
+    for Y in M.pieces(kind):
+        A[:,at:at+Y.shape[1]] = torch.from_numpy(np.ascontiguousarray(Y)).to(device)
+        at += Y.shape[1]
+    return A
+
 # %% ../nbs/03_on_device.ipynb #dev1000c
 # Entries of flipped copies that are there at one time: 1 GB in fp32
 _together = 1<<28
 # Entries whose signs are computed at one time: 0.5 GB as integers
 _window = 1<<26
-
-def _size(A):
-    "Mean of all entries, and mean of their squares"
-    torch = needed('torch')
-    return float(A.sum(dtype=torch.float64))/A.numel(),float(torch.linalg.vector_norm(A, dtype=torch.float64))**2/A.numel()
 
 class OnDevice:
     "All eigenvalues of a matrix, and what its sign-flipped copies say, computed on a device. Raises `ValueError` (NaN, Inf)"
@@ -100,16 +110,8 @@ class OnDevice:
         if self.A.dtype==self.torch.float32 and self.e[0] > 1e4*np.median(self.e): self._measure('f8')
         self.scale = self.unit*sqrt(self.e.mean())
 
-    def _sent(self, kind):
-        M,at = self.M,0
-        A = self.torch.empty(M.m, M.n, dtype=dict(f4=self.torch.float32, f8=self.torch.float64)[kind], device=self.device)
-        for Y in M.pieces(kind):
-            A[:,at:at+Y.shape[1]] = self.torch.from_numpy(np.ascontiguousarray(Y)).to(self.device)
-            at += Y.shape[1]
-        return A
-
     def _measure(self, kind):
-        A,self.unit = self._sent(kind),1.
+        A,self.unit = _sent(self.M, kind, self.device),1.
         mean,square = _size(A)
         if not np.isfinite(mean): self.M.check()
         # too large or small for squares in fp32; or a mean that would take the noise's last bits
@@ -126,12 +128,11 @@ class OnDevice:
     @property
     def centred(self): return self.G,self.e,self.unit,self.mean
 
-# %% ../nbs/03_on_device.ipynb #dev1000d
-@patch
-def above(self:OnDevice, level):
-    "(m,) all eigenvalues, descending"
-    return self.e
+    def above(self, level): return self.e
+    @property
+    def centred(self): return self.G,self.e,self.unit,self.mean
 
+# %% ../nbs/03_on_device.ipynb #dev1000d
 @patch
 def directions(self:OnDevice, k):
     "(m, k) eigenvectors of the largest, on the device"
