@@ -8,9 +8,10 @@ Docs: nbs/06_clusters.ipynb"""
 __all__ = ['check_cluster', 'on_cluster']
 
 # %% ../nbs/06_clusters.ipynb #c1us7003
-import socket
+import socket, threading
 from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib.util import find_spec
 from joblib import parallel_config
 from joblib.parallel import ParallelBackendBase
 from .extras import needed
@@ -65,6 +66,10 @@ def _called(f): return f()
 # Seconds. Machines of one cluster answer in milliseconds; a tired one is waited for.
 _patience = 10
 
+# Seconds. Ray takes five where all is well and cores are busy.
+_opening = 30
+
+_modules = dict(ray='ray', dask='distributed')
 _forms = dict(ray='HOST:6379, or ray://HOST:10001 from outside of the cluster', dask='tcp://HOST:8786')
 
 def check_cluster(
@@ -77,7 +82,7 @@ def check_cluster(
         raise ValueError(f"backend is {name!r}{f', did you mean {near[0]}?' if near else ':'} choose {' or '.join(_forms)}")
     if name=='dask' and not address: raise ValueError(f"a Dask cluster is found by its address: pass {_forms[name]}")
     if address and address!='auto' and not _host(address)[1]: raise ValueError(f"address is {address!r}: pass {_forms[name]}")
-    needed('ray' if name=='ray' else 'distributed')
+    if not find_spec(_modules[name]): needed(_modules[name]) # which takes seconds where it is there
 
 def _host(address):
     "`(host, port)`, None where there is none"
@@ -94,31 +99,42 @@ def _reach(name, address):
             f"this machine may reach it; the address looks like {_forms[name]}") from None
 
 # %% ../nbs/06_clusters.ipynb #c1us7010
+def _opened(name, address, f, *args):
+    "`f(*args)`, which may wait forever for what is no such cluster. Raises `ConnectionError`"
+    found = {}
+    def one():
+        try: found['res'] = f(*args)
+        except Exception as e: found['error'] = e
+    thread = threading.Thread(target=one, daemon=True)
+    thread.start()
+    thread.join(_opening)
+    if 'res' in found: return found['res']
+    why = ' '.join(str(found['error']).split())[:200] if 'error' in found else f'what is there has said nothing for {_opening} s'
+    raise ConnectionError(f"no {name} cluster with a worker at {address} ({why}): pass {_forms[name]}, and see whether workers run there")
+
 @contextmanager
 def _ray(address):
     ray = needed('ray')
     ours = not ray.is_initialized()
-    if ours:
-        try: ray.init(address or 'auto', logging_level='ERROR', log_to_driver=False, include_dashboard=False, configure_logging=True)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as e:
-            raise ConnectionError(f"no ray cluster at {address or 'auto'} ({_line(e)}): pass {_forms['ray']}") from None
+    def connect(): return ray.init(address, logging_level='ERROR', log_to_driver=False)
+    if ours: _opened('ray', address, connect)
     try: yield _Ray(ray)
     finally:
         if ours: ray.shutdown()
 
 @contextmanager
 def _dask(address):
-    distributed,client = needed('distributed'),None
-    try:
-        client = distributed.Client(address, timeout=_patience, set_as_default=False)
-        client.wait_for_workers(1, timeout=_patience)
-    except (OSError, ValueError, TimeoutError, RuntimeError) as e:
-        if client: client.close()
-        raise ConnectionError(f"no dask cluster with a worker at {address} ({_line(e)}): pass {_forms['dask']}, and start workers") from None
+    distributed = needed('distributed')
+    def connect():
+        res = distributed.Client(address, timeout=_patience, set_as_default=False)
+        try: res.wait_for_workers(1, timeout=_patience)
+        except TimeoutError:
+            res.close()
+            raise
+        return res
+    client = _opened('dask', address, connect)
     try: yield _Dask(client)
     finally: client.close()
-
-def _line(e): return ' '.join(str(e).split())[:200] or type(e).__name__
 
 @contextmanager
 def on_cluster(
@@ -132,4 +148,4 @@ def on_cluster(
         return
     check_cluster(name, address)
     if address and address!='auto': _reach(name, address)
-    with (_ray if name=='ray' else _dask)(address) as queue, parallel_config(backend=queue): yield
+    with (_ray if name=='ray' else _dask)(address or 'auto') as queue, parallel_config(backend=queue): yield
