@@ -631,6 +631,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'spectrum_merging.command._lost': ('command.html#_lost', 'spectrum_merging/command.py'),
                                           'spectrum_merging.command._message': ('command.html#_message', 'spectrum_merging/command.py'),
                                           'spectrum_merging.command._of_system': ('command.html#_of_system', 'spectrum_merging/command.py'),
+                                          'spectrum_merging.command._on_cluster': ( 'command.html#_on_cluster',
+                                                                                    'spectrum_merging/command.py'),
                                           'spectrum_merging.command._options': ('command.html#_options', 'spectrum_merging/command.py'),
                                           'spectrum_merging.command._put': ('command.html#_put', 'spectrum_merging/command.py'),
                                           'spectrum_merging.command._sorted_out': ( 'command.html#_sorted_out',

@@ -73,10 +73,13 @@ _modules = dict(ray='ray', dask='distributed')
 _forms = dict(ray='HOST:6379, or ray://HOST:10001 from outside of the cluster', dask='tcp://HOST:8786')
 
 def check_cluster(
-    name:str, # 'ray' or 'dask'
+    name:str=None, # 'ray' or 'dask'; None stays here
     address:str=None, # Of its head or scheduler
 ):
     "Raise `ValueError` for what cannot be meant, `ModuleNotFoundError` where its extra is missing"
+    if name is None:
+        if address: raise ValueError(f"address is {address!r}, but no cluster is named: pass backend {' or '.join(_forms)}, too")
+        return
     if name not in _forms:
         near = get_close_matches(str(name), _forms, 1, .4)
         raise ValueError(f"backend is {name!r}{f', did you mean {near[0]}?' if near else ':'} choose {' or '.join(_forms)}")
@@ -142,10 +145,9 @@ def on_cluster(
     address:str=None, # 'HOST:6379', 'tcp://HOST:8786'; for Ray by default the cluster that this machine is part of
 ):
     "Pieces are done on the cluster's machines. Raises `ValueError`, `ModuleNotFoundError`, `ConnectionError` before any work"
+    check_cluster(name, address)
     if name is None:
-        if address: raise ValueError(f"address is {address!r}, but no cluster is named: pass {' or '.join(_forms)}, too")
         yield
         return
-    check_cluster(name, address)
     if address and address!='auto': _reach(name, address)
     with (_ray if name=='ray' else _dask)(address or 'auto') as queue, parallel_config(backend=queue): yield
