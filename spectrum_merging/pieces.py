@@ -81,6 +81,7 @@ def _told(e):
     except Exception: return RuntimeError(f'{type(e).__name__}: {e}')
     return e
 
+# %% ../nbs/05_pieces.ipynb #p1ece109
 def do_piece(
     version:str, # Of the package, where the piece comes from
     sender:tuple, # Name of that machine, number of the process
@@ -130,6 +131,9 @@ def _results(pieces, backend, jobs):
 
 def _numbered(i, *args): return i,do_piece(*args)
 
+class _Failed(Exception): "What a piece itself has raised"
+
+# %% ../nbs/05_pieces.ipynb #p1ece111
 def send(
     f:Callable, # Function of one item, of a module that workers have, too; what it holds are addresses
     items, # What to apply it to, likewise
@@ -154,5 +158,3 @@ def send(
             if _lost(e) and left: continue
             raise RuntimeError(f"a piece was given up ({type(e).__name__}: {str(e).strip().partition(chr(10))[0][:300]}): every machine "
                 f"needs spectrum-merging {__version__}, and memory enough for the largest piece") from e
-
-class _Failed(Exception): "What a piece itself has raised"

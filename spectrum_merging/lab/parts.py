@@ -92,8 +92,7 @@ def grid_rows(
     return lab.once(('grid', split, tuple(tops)), lambda: _grid_rows(lab, split, tops))
 
 def _grid_rows(lab, split, tops):
-    rows,plain,n,kinds = [],{},lab.kind.tuning,lab.kind.treatments or {'': ''}
-    plans = grid_plans(lab, tops)
+    rows,plain,n,kinds,plans = [],{},lab.kind.tuning,lab.kind.treatments or {'': ''},grid_plans(lab, tops)
     def made(plan, repair): return Merge(plan).then(repair, n if split=='held' else None)
     ahead(lab, [made(plan, repair) for plan in plans.values() for repair in kinds.values()], split)
     for (s, of, p),plan in plans.items():

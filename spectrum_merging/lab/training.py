@@ -68,8 +68,8 @@ def keep(
         if isinstance(v, dict): tensors |= {f'{k}/{name}': o.detach().cpu().contiguous() for name,o in v.items()}
         elif isinstance(v, (Tensor, np.ndarray)): tensors[f'{k}:{type(v).__name__}'] = torch.as_tensor(v).contiguous()
         else: plain[k] = v
-    said = dict(kind=type(one).__name__, plain=plain)
-    home = Path(cache or cache_dir()).absolute()/'kept'/digest(said, [*tensors], *tensors.values())
+    said = dict(kind=type(one).__name__, plain=plain, names=[*tensors]) # files sort them, and keys are hashes in their order
+    home = Path(cache or cache_dir()).absolute()/'kept'/digest(said, *tensors.values())
     if home.exists(): return Kept(str(home))
     home.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(home) as folder:
@@ -83,7 +83,8 @@ def keep(
 def _read(path):
     said = json.loads((Path(path)/'about.json').read_text(encoding='utf-8'))
     res = {k: tuple(v) if isinstance(v, list) else v for k,v in said['plain'].items()}
-    for k,v in load_file(Path(path)/'tensors.safetensors').items():
+    found = load_file(Path(path)/'tensors.safetensors')
+    for k,v in {o: found[o] for o in said['names']}.items():
         owner,_,inner = k.partition('/')
         name,_,kind = owner.partition(':')
         if inner: res.setdefault(owner, {})[inner] = v
