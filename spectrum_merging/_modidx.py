@@ -703,6 +703,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'spectrum_merging.compare._run': ('compare.html#_run', 'spectrum_merging/compare.py'),
                                           'spectrum_merging.compare._runs': ('compare.html#_runs', 'spectrum_merging/compare.py'),
                                           'spectrum_merging.compare._spoken': ('compare.html#_spoken', 'spectrum_merging/compare.py'),
+                                          'spectrum_merging.compare._store': ('compare.html#_store', 'spectrum_merging/compare.py'),
                                           'spectrum_merging.compare._stored': ('compare.html#_stored', 'spectrum_merging/compare.py'),
                                           'spectrum_merging.compare._too_long': ('compare.html#_too_long', 'spectrum_merging/compare.py'),
                                           'spectrum_merging.compare._write': ('compare.html#_write', 'spectrum_merging/compare.py'),

@@ -12,6 +12,7 @@ import json, numpy as np, os, pandas as pd, re, shutil, sys, time, torch
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
+from threading import Lock
 from . import __version__, candidates
 from .candidates import Bench, TooLate, comparison, on_one_core, one_of_each, until
 from .checkpoint import Checkpoint
@@ -245,7 +246,12 @@ def _received(where, key, cache):
         f"{', '.join(given['models'].values())}; all machines need the same")
     return bench
 
-def _stored(where, key, cache, end, piece):
+_one_row = Lock() # A worker with several threads measures one row at a time: they would share networks
+
+def _stored(*args):
+    with _one_row: return _store(*args)
+
+def _store(where, key, cache, end, piece):
     "Measure a row, if there is time"
     bench,(row,plans) = _received(where, key, cache),piece
     bench.plans = plans

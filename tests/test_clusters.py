@@ -12,11 +12,11 @@ from test_compare import make
 compare_room,scan_room = (sys.modules[f'spectrum_merging.{k}'] for k in ('compare','scan'))
 
 class Dask:
-    "A scheduler and four workers, each a process"
+    "A scheduler and two workers, each a process; the second core of CI waits while PyTorch is imported in each"
     name = 'dask'
     def __init__(self):
         from distributed import LocalCluster
-        self.all = LocalCluster(n_workers=4, threads_per_worker=1, dashboard_address=None)
+        self.all = LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)
         self.address = self.all.scheduler_address
     def lose(self): os.kill(next(iter(self.all.workers.values())).pid, signal.SIGKILL)
     def close(self): self.all.close()
@@ -107,17 +107,19 @@ def test_compare(cluster, apart, compared, tmp_path, monkeypatch):
     assert lost and {'merge','repair','SNR','control'} <= {*found.kind}
 
 @pytest.fixture(scope='module')
-def swept(tmp_path_factory): return sweep(tmp_path_factory.mktemp('swept'))
+def parts(request): return ['paper','grid'] + ['methods','heads']*request.config.getoption('--long')
 
-def sweep(cache):
+@pytest.fixture(scope='module')
+def swept(parts, tmp_path_factory): return sweep(tmp_path_factory.mktemp('swept'), parts)
+
+def sweep(cache, parts):
     "Rows of a vision sweep, training and choice of settings included"
     from test_lab_run import digits_tasks, run, small_vision, tiny
-    res = run(small_vision, out=False, tasks=digits_tasks(), budget=tiny, cache=cache, parts=['paper','grid','methods','heads'], progress=False)
-    return res.rows
+    return run(small_vision, out=False, tasks=digits_tasks(), budget=tiny, cache=cache, parts=parts, progress=False).rows
 
-def test_sweep(cluster, swept, tmp_path, monkeypatch):
+def test_sweep(cluster, swept, parts, tmp_path, monkeypatch):
     lost = losing(cluster, monkeypatch)
-    with on_cluster(cluster.name, cluster.address): found = sweep(tmp_path)
+    with on_cluster(cluster.name, cluster.address): found = sweep(tmp_path, parts)
     pd.testing.assert_frame_equal(found, swept, check_exact=True)
     assert lost
 
