@@ -607,6 +607,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'spectrum_merging.clusters._Ray.drop': ( 'clusters.html#_ray.drop',
                                                                                     'spectrum_merging/clusters.py'),
                                            'spectrum_merging.clusters._Ray.put': ('clusters.html#_ray.put', 'spectrum_merging/clusters.py'),
+                                           'spectrum_merging.clusters._Ray.start_call': ( 'clusters.html#_ray.start_call',
+                                                                                          'spectrum_merging/clusters.py'),
                                            'spectrum_merging.clusters._called': ('clusters.html#_called', 'spectrum_merging/clusters.py'),
                                            'spectrum_merging.clusters._dask': ('clusters.html#_dask', 'spectrum_merging/clusters.py'),
                                            'spectrum_merging.clusters._host': ('clusters.html#_host', 'spectrum_merging/clusters.py'),

@@ -42,6 +42,9 @@ class _Ray(_Queue):
         super().__init__()
         self.ray,self.refs = ray,{}
         self.run = ray.remote(num_cpus=1, max_retries=_again)(_called)
+    def start_call(self):
+        super().start_call()
+        self.refs.clear()
     def cores(self): return max(1, int(self.ray.cluster_resources().get('CPU', 0)))
     def put(self, func):
         ref = self.run.remote(func)

@@ -266,6 +266,7 @@ def _addresses(models, base, data, seed, **how):
     def at(o): return {t: address(v, f'the expert or table of {t}') for t,v in o.items()}
     return json.dumps([dict(models=at(models), base=address(base, 'the base'), data=at(data)) | how, seed])
 
+# %% ../nbs/75_compare.ipynb #c1us7502
 # Seconds. A network folder may show late what another machine has written.
 _seen = 15
 

@@ -69,7 +69,7 @@ def ahead(
     tasks:list=None, # Which are evaluated; all by default
 ):
     "Have merges judged by whoever does pieces, if that is somebody else. Raises `ValueError` where the cache is not shared"
-    if not elsewhere() or lab.whole is None: return
+    if not elsewhere() or not lab.known: return
     files = {f.name: m for m in merges if not (f := lab.file(m, split, tasks)).exists()}
     for _ in map_single_threaded(partial(_judged, lab_address(lab), split, tasks), files.values(), anywhere=True): pass
     late = time.monotonic()+_seen

@@ -43,7 +43,7 @@ class Lab:
         "Train or load base and experts. Raises what the kind raises"
         self.kind,self.budget,self.seed,self.progress = kind,budget,seed,progress
         self.cache = Path(cache or cache_dir())
-        self.given = experts
+        self.given,self.known = experts,True # Whether others can make the same lab
         self.whole,self.tasks = tasks,{k: kind.limited(t, budget) for k,t in tasks.items()}
         self.start = base if isinstance(base, Base) else kind.find_base(self.tasks, budget, base, seed,
             self.cache, progress)
@@ -399,7 +399,7 @@ def with_experts(self:Lab,
     "The same lab with other experts' weights"
     res = copy.copy(self)
     res.__dict__.pop('key', None)
-    res.whole = None # nobody else can make it
+    res.known = False
     res._take(experts)
     return res
 
