@@ -308,9 +308,9 @@ def compare_cli(
     unlabelled:Annotated[str, "Tasks whose data have no labels: for repairs alone, not judged", dict(nargs='+')]=None,
     arch:str=None, # Architecture of torchvision where models are state dicts: resnet18, convnext_tiny, …
     size:int=None, # Pixels of an image's side, with --arch; by default what torchvision says
-    quick:bool=False, # One merge of each kind and one control, instead of all
     budget:str='10m', # Time until all is written: 10m, 90s, 1h; what does not fit is left out and named
     seed:int=0, # Of the parts that each table is dealt into
+    quick:bool=False, # One merge of each kind and one control, instead of all
 ):
     "Merge your models in many ways, repair, judge on your data, write what was found and the best merge; rerun to continue"
     began = time.perf_counter()
