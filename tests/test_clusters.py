@@ -27,8 +27,14 @@ class Ray:
     def __init__(self):
         from ray.cluster_utils import Cluster
         how = dict(num_cpus=1, object_store_memory=80<<20)
-        self.all = Cluster(initialize_head=True, head_node_args=how | dict(include_dashboard=False))
-        self.nodes = [self.all.add_node(**how) for _ in range(3)]
+        def patient(f, *args, **kwargs):
+            "Ray gives a node 30 seconds to start, which is little on busy cores"
+            for left in (2, 1, 0):
+                try: return f(*args, **kwargs)
+                except Exception as e:
+                    if not left or 'timed out during startup' not in str(e): raise
+        self.all = patient(Cluster, initialize_head=True, head_node_args=how | dict(include_dashboard=False))
+        self.nodes = [patient(self.all.add_node, **how) for _ in range(3)]
         self.address = self.all.address
     def lose(self): self.all.remove_node(self.nodes.pop(), allow_graceful=False)
     def close(self): self.all.shutdown()
