@@ -51,7 +51,7 @@ class _List(Action):
 _strategy,_estimator,_repair = Chosen(_read_strategy, _strategies, ''),Chosen(_read_estimator, _estimators, ''),Chosen(_read_repair)
 
 # %% ../nbs/95_cli.ipynb #00000007
-@command('spectrum-scan mood/ --base base/', estimator=_estimator)
+@command('spectrum-scan mood/ --base base/', spread=True, estimator=_estimator)
 def scan_cli(
     model:str, # .safetensors file, model folder or hub id
     base:str=None, # The model it was fine-tuned from
@@ -298,7 +298,7 @@ def _columns(given):
     if len(given)>1: raise CliError(f"columns {', '.join(given)}: pass one for all tasks, or NAME=COLUMN for each")
     return given[0]
 
-@command('spectrum-compare mood=mood/ topic=topic/ --base base/ --data mood=mood.csv topic=topic.jsonl --budget 10m --out compared/')
+@command('spectrum-compare mood=mood/ topic=topic/ --base base/ --data mood=mood.csv topic=topic.jsonl --budget 10m --out compared/', spread=True)
 def compare_cli(
     models:Annotated[str, "Classifiers that were fine-tuned from one base, each NAME=FOLDER, or NAME=FILE with --arch", dict(nargs='+')],
     base:Annotated[str, "The model that they were fine-tuned from", dict(opt=True, required=True)],
@@ -311,6 +311,7 @@ def compare_cli(
     size:int=None, # Pixels of an image's side, with --arch; by default what torchvision says
     budget:str='10m', # Time until all is written: 10m, 90s, 1h; what does not fit is left out and named
     seed:int=0, # Of the parts that each table is dealt into
+    quick:bool=False, # One merge of each kind and one control, instead of all
 ):
     "Merge your models in many ways, repair, judge on your data, write what was found and the best merge; rerun to continue"
     began = time.perf_counter()
@@ -324,7 +325,7 @@ def compare_cli(
     check_out(out) # before what takes seconds to import
     from spectrum_merging.compare import compare, seconds
     with usage(): seconds(budget)
-    how = dict(unlabelled=tuple(unlabelled or ()), arch=arch, size=size, budget=budget, began=began, seed=seed)
+    how = dict(unlabelled=tuple(unlabelled or ()), arch=arch, size=size, quick=quick, budget=budget, began=began, seed=seed)
     try: compare(models, base, data, out, **columns, **how, say=say, progress=bars())
     except KeyboardInterrupt: stop("interrupted; the same command continues where it stopped")
     say(f"report, table, figure and the best merge are in {out}; {'load_task' if arch else 'load_model'}('{out}/merged', task) opens it")
@@ -382,7 +383,7 @@ def _print_table(title, df):
         say(f'\n{title}\n{df.to_string(index=False)}')
 
 # %% ../nbs/95_cli.ipynb #00000016
-@command('spectrum-run vision --quick')
+@command('spectrum-run vision --quick', spread=True)
 def run_cli(
     experiment:Annotated[str, "Which experiment; is-it-signal takes 3 seeds or more", dict(choices=[*_experiments,*_groups])],
     data:str=None, # Folder of FashionMNIST, KMNIST, glue, emotion; else $SPECTRUM_DATA or download

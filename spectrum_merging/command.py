@@ -185,7 +185,7 @@ class _Completion(argparse.Action):
         print(completion(shell))
         p.exit()
 
-commands = {} # `{name: (function, example, {option: Chosen})}`
+commands,_spread = {},set() # `{name: (function, example, {option: Chosen})}`; those whose pieces a cluster may do
 
 def parser(
     name:str, # Of a command
@@ -198,6 +198,9 @@ def parser(
     p.add_argument('--version', action='version', version=f'spectrum-merging {__version__}', help="Show the version, and end")
     p.add_argument('--completion', action=_Completion, choices=['bash','zsh','fish'],
         help=f"""Show what makes a shell complete all commands, and end: eval "$({name} --completion bash)\"""")
+    if name in _spread:
+        p.add_argument('--backend', choices=['ray','dask'], help="Cluster whose machines do the pieces; by default this machine does")
+        p.add_argument('--address', help="Where it is found: HOST:6379 (Ray), tcp://HOST:8786 (Dask)")
     def error(text):
         print(shown(f"{name}: {text}; {name} --help says more"), file=sys.stderr)
         raise SystemExit(2)
@@ -205,13 +208,25 @@ def parser(
     return p
 
 # %% ../nbs/93_command.ipynb #c0de0018
+def _on_cluster(f):
+    "The same, with pieces on a cluster where one is named"
+    @wraps(f)
+    def run(*args, backend=None, address=None, **kwargs):
+        if not (backend or address): return f(*args, **kwargs)
+        from spectrum_merging.clusters import check_cluster, on_cluster
+        with usage(): check_cluster(backend, address)
+        with on_cluster(backend, address): return f(*args, **kwargs)
+    return run
+
 def command(
     example:str, # A line that runs where its files are
+    spread:bool=False, # Whether machines of a cluster may do its pieces: `--backend`, `--address`
     **takes, # `{option: Chosen}`, whose rules' settings may be options, too
 ) -> Callable: # Decorator
     "Make a function `x_cli` the command `spectrum-x`"
     def add(f):
-        name,inner = f"spectrum-{f.__name__.removesuffix('_cli')}",says_errors(f)
+        name,inner = f"spectrum-{f.__name__.removesuffix('_cli')}",says_errors(_on_cluster(f) if spread else f)
+        if spread: _spread.add(name)
         commands[name] = f,example,takes
         @wraps(f)
         def run(*args, **kwargs):

@@ -8,20 +8,23 @@ Docs: nbs/75_compare.ipynb"""
 __all__ = ['seconds', 'compare']
 
 # %% ../nbs/75_compare.ipynb #00000003
-import numpy as np, os, pandas as pd, re, shutil, sys, time, torch
+import json, numpy as np, os, pandas as pd, re, shutil, sys, time, torch
 from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
+from threading import Lock
 from . import __version__, candidates
-from .candidates import Bench, TooLate, comparison, on_one_core, until
+from .candidates import Bench, TooLate, comparison, on_one_core, one_of_each, until
 from .checkpoint import Checkpoint
 from .classifiers import Classifiers, check_classifier, check_no_adapter, class_names
 from .classifiers import needed_memory, open_networks
-from .files import atomic_folder, digest, read_json, write_json
+from .files import address, atomic_folder, digest, read_json, write_json
 from .fitted import merge_fitted
 from .judged import chance, commonest, figure, judged, markdown, sentences
 from .merge import check_out, load_model, load_task, merge
 from .own_data import own_data
-from .parallel import Bar, free_memory, quiet
+from .parallel import Bar, free_memory, map_single_threaded, quiet
+from .pieces import elsewhere
 from .preflight import name_models, preflight, slips
 from .rules import recipe
 
@@ -109,13 +112,13 @@ def _check_names(models, base, data, text, label, unlabelled):
         raise ValueError("no task has labels, so nothing can be judged: label some rows, or repair with "
             "spectrum-merge --repair match --inputs")
 
-def _checked(models, base, data, out, text, label, unlabelled, arch, size, seed):
+def _checked(out, models, base, data, text, label, unlabelled, arch, size, seed):
     "Experts and their data, sentences. Raises before any work"
     _check_names(models, base, data, text, label, unlabelled)
-    check_out(out)
+    if out: check_out(out)
     for t,o in models.items(): check_no_adapter(t, o)
     opened,origin = {t: Checkpoint(o) for t,o in models.items()},Checkpoint(base)
-    check_out(out, [*opened.values(), origin])
+    if out: check_out(out, [*opened.values(), origin])
     for t,o in opened.items(): arch or check_classifier(t, o)
     named,aligned = name_models(opened, origin)
     networks,notes = open_networks(named, aligned, arch, size)
@@ -208,8 +211,7 @@ class _Run:
         "A row, with the best factor on the rows to choose by, the first of equals. Raises `TooLate`"
         stood = self.bench.stands(row)
         with until(end):
-            share,scale = max([(self.bench.share(row, s), s) for s in row.scales], key=lambda o: o[0])
-            self.bench.answers(row, 'test', scale)
+            share,scale = self.bench.chosen(row)
         self.done[row.name],self.before = (row, share, scale),None if stood else row
         self.left.pop(row.name, None)
 
@@ -235,12 +237,71 @@ class _Run:
         except (ValueError, RuntimeError) as e: self.left[row.name] = ' '.join(str(e).split())[:200]
         return True
 
+# %% ../nbs/75_compare.ipynb #c1us7501
+@lru_cache(1)
+def _received(where, key, cache):
+    given,seed = json.loads(where)
+    bench = Bench(_checked(None, **given, seed=seed)[0], seed, cache)
+    if bench.key!=key: raise ValueError(f"experts, base, tables or versions of libraries are others here than where the comparison began: "
+        f"{', '.join(given['models'].values())}; all machines need the same")
+    return bench
+
+_one_row = Lock() # A worker with several threads measures one row at a time: they would share networks
+
+def _stored(*args):
+    with _one_row: return _store(*args)
+
+def _store(where, key, cache, end, piece):
+    "Measure a row, if there is time"
+    bench,(row,plans) = _received(where, key, cache),piece
+    bench.plans = plans
+    try:
+        if (left := end-time.time())>0:
+            with until(time.perf_counter()+left), quiet(): bench.chosen(row)
+    except (TooLate, ValueError, RuntimeError) as e: return repr(e) # tried again, and said, where the comparison runs
+    return str(bench.file(bench.what(row, row.scales[0]), 'tune'))
+
+def _addresses(models, base, data, seed, **how):
+    "All that a comparison is of, as JSON. Raises `ValueError`"
+    def at(o): return {t: address(v, f'the expert or table of {t}') for t,v in o.items()}
+    return json.dumps([dict(models=at(models), base=address(base, 'the base'), data=at(data)) | how, seed])
+
+# %% ../nbs/75_compare.ipynb #c1us7502
+# Seconds. A network folder may show late what another machine has written.
+_seen = 15
+
+def _measure(bench, where, clock, rows, progress):
+    "Have rows measured by whoever does pieces"
+    end,rows = time.time()+clock.left-clock.ending(candidates.average),[o for o in rows if not bench.stands(o)]
+    def planned(o):
+        try: return o,{(o.name, s): bench.plan(o, s) for s in o.scales}
+        except (ValueError, RuntimeError): return None # said where it is looked at
+    todo = [o for o in map(planned, rows) if o]
+    found = map_single_threaded(partial(_stored, where, bench.key, str(bench.cache), end), todo, anywhere=True)
+    paths = [Path(o) for o in Bar(found, total=len(todo), desc='rows', disable=not progress, leave=False) if o.endswith('.npz')]
+    late = time.time()+_seen
+    while paths and not all(o.exists() for o in paths):
+        if time.time()>late: raise ValueError(f"workers stored answers in {bench.cache}, and they are not there: every machine needs "
+            "the same cache folder (SPECTRUM_CACHE)")
+        time.sleep(.2)
+
+def _ahead(bench, where, clock, todo, progress):
+    "All rows, then controls of the best strategy by SNR, where others can measure them"
+    if not elsewhere(): return
+    _measure(bench, where, clock, [o for o in todo if o.kind!='control'], progress)
+    snr = [o for o in todo if o.kind=='SNR' and bench.stands(o)]
+    if not snr: return
+    best = max(snr, key=bench.share)
+    _measure(bench, where, clock, [replace(o, strategy=best.strategy) for o in todo if o.kind=='control'], progress)
+
 # %% ../nbs/75_compare.ipynb #79a0c0de
-def _run(bench, kept, clock, say, progress):
+def _run(bench, kept, clock, quick, where, say, progress):
     "`_Run` after all that fits"
     for o in candidates.references:
         for part in 'tune','test': bench.answers(o, part)
     todo = comparison(len(bench.tasks), bench.experts.normed)
+    if quick: todo = one_of_each(todo)
+    _ahead(bench, where, clock, todo, progress)
     run = _Run(bench, clock, _forecast(clock, todo, say), say, progress)
     kept.begin()
     for _ in range(2): # what did not fit may do so when all others took less than was thought
@@ -295,7 +356,7 @@ def _command(row, scale, models, base, given):
         def said(o):
             if isinstance(o, dict): return ' '.join(f'{t}={v}' for t,v in o.items())
             return ' '.join(o) if isinstance(o, (list, tuple)) else o
-        more = ' '.join(f'--{k} {said(o)}' for k,o in given.items() if o not in (None, ()))
+        more = ' '.join(f'--{k}' if o is True else f'--{k} {said(o)}' for k,o in given.items() if o not in (None, ()))
         return f'spectrum-compare {named}{origin} {more} --out …'
     factor,rule = '' if scale is None else f' --scale {scale}',recipe(row.strategy).rule
     if not (rule.base or factor or rule.asks('snr')): origin = ''
@@ -345,6 +406,7 @@ def compare(
     unlabelled=(), # Tasks whose data have no labels: repairs see them, nobody judges them
     arch:str=None, # Architecture of `torchvision` where models are state dicts: 'resnet18'
     size:int=None, # Pixels of an image's side, with `arch`
+    quick:bool=False, # The first row of each kind, instead of all
     budget='10m', # Time until all is written: '10m', '90s', or seconds
     began:float=None, # `time.perf_counter()` when the budget began; by default now
     seed:int=0, # Of the parts and of random controls
@@ -354,7 +416,9 @@ def compare(
     "Merge, repair, judge, write. Raises `ValueError`, `OSError` before any work"
     clock = time.perf_counter() if began is None else began
     budget,out = seconds(budget),Path(out).expanduser()
-    experts,notes = _checked(models, base, data, out, text, label, unlabelled, arch, size, seed)
+    how = dict(text=text, label=label, unlabelled=unlabelled, arch=arch, size=size)
+    experts,notes = _checked(out, models, base, data, **how, seed=seed)
+    where = _addresses(models, base, data, seed, **how) if elsewhere() else None
     bench = Bench(experts, seed)
     kept,clock = _Kept(out, bench),_Clock(bench, budget, clock)
     clock.check()
@@ -366,8 +430,8 @@ def compare(
     for o in bench.doubts():
         notes.append(o)
         say(o)
-    run = _run(bench, kept, clock, say, progress)
-    given = dict(data=data, text=text, label=label, unlabelled=unlabelled, arch=arch, size=size, seed=seed)
+    run = _run(bench, kept, clock, quick, where, say, progress)
+    given = dict(data=data) | how | dict(seed=seed, quick=quick or None)
     with atomic_folder(out) as folder, quiet():
         table,five = _write(bench, run, notes, folder, models, base, given)
     kept.end()

@@ -13,7 +13,8 @@ from importlib import import_module
 # %% ../nbs/04_extras.ipynb #ext10005
 # Modules that no core installation has, by the smallest extra that brings them
 extras = dict(torch=('torch','torchvision','transformers','safetensors','sklearn'),
-    browser=('ipywidgets','IPython','traitlets','voila','ipykernel','playwright'), lab=('accelerate','datasets'))
+    browser=('ipywidgets','IPython','traitlets','voila','ipykernel','playwright'), lab=('accelerate','datasets'),
+    ray=('ray',), dask=('dask','distributed'))
 
 def missing(
     e:ModuleNotFoundError, # That was raised

@@ -7,7 +7,8 @@ Docs: nbs/07_files.ipynb"""
 # %% auto #0
 __all__ = ['LONGEST', 'DEEPEST', 'LARGE', 'OPEN_FILES', 'user_path', 'lies_inside', 'inside', 'own_file', 'open_regular',
            'remedy', 'read_text', 'parse_json', 'csv_cells', 'free_file', 'is_free', 'free_folder', 'atomic',
-           'atomic_folder', 'write_json', 'read_json', 'cache_dir', 'sha256', 'known_sha256', 'digest', 'InputFile']
+           'atomic_folder', 'write_json', 'read_json', 'cache_dir', 'sha256', 'known_sha256', 'address', 'fingerprint',
+           'digest', 'InputFile']
 
 # %% ../nbs/07_files.ipynb #00000003
 import csv, errno, hashlib, json, os, re, shutil, stat, threading, time
@@ -300,6 +301,35 @@ def known_sha256(
         if stamps[p][0]>=LARGE and now-max(stamps[p][1:3]) > 2e9})
     for p,h in (res | found).items(): _fits_name(p, h)
     return res | found
+
+# %% ../nbs/07_files.ipynb #ad0re552
+def address(
+    model, # Path or hub id
+    what:str, # It is, for messages
+) -> str: # Absolute path, or hub id
+    "Where other processes find a model. Raises `ValueError` for what is in memory"
+    if not isinstance(model, (str, os.PathLike)):
+        raise ValueError(f"{what} is in the memory of this process ({type(model).__name__}), which others do not see: save it and pass "
+            "its path, or let pieces stay here: joblib.parallel_config(backend='threading')")
+    path = user_path(model)
+    return str(path.absolute()) if path.exists() else str(model)
+
+# Blocks of a file that are read, and their size: a hundredth of a second on a slow disk, whatever the file's size
+_blocks,_block = 16,1<<12
+
+def fingerprint(
+    paths, # Files
+) -> str: # 16 hexadecimal digits
+    "Whether files are the same ones, by their sizes and some blocks of each. Raises `OSError`"
+    h = hashlib.sha256()
+    for p in paths:
+        with open(p, 'rb') as f:
+            size = os.fstat(f.fileno()).st_size
+            h.update(f'{size} '.encode())
+            for i in range(_blocks):
+                f.seek(max(0, size-_block)*i//(_blocks-1))
+                h.update(f.read(_block))
+    return h.hexdigest()[:16]
 
 # %% ../nbs/07_files.ipynb #0000001c
 def digest(*parts) -> str: # 16 hexadecimal digits

@@ -125,9 +125,6 @@ class OnDevice:
         if sqrt(max(float(self.G.trace()), 0)/A.numel()) <= 1e-14*abs(mean): self.G.zero_()
         self.e = self.torch.linalg.eigvalsh(self.G).flip(0).clamp(min=0).cpu().numpy()/self.M.n
 
-    @property
-    def centred(self): return self.G,self.e,self.unit,self.mean
-
     def above(self, level): return self.e
     @property
     def centred(self): return self.G,self.e,self.unit,self.mean

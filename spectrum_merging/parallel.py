@@ -9,30 +9,46 @@ __all__ = ['n_cores', 'map_single_threaded', 'Bar', 'quiet', 'free_memory', 'giv
 
 # %% ../nbs/06_parallel.ipynb #00000003
 import os, sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from .extras import needed
+from functools import partial
+from .pieces import elsewhere, in_worker, send
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 # %% ../nbs/06_parallel.ipynb #00000006
 def n_cores() -> int:
-    "Cores that this process may use"
+    "Cores that this process may use; one where it does a piece that another has sent"
+    if in_worker(): return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 # %% ../nbs/06_parallel.ipynb #0000000a
+def _on_one_thread(f, item):
+    torch = sys.modules.get('torch')
+    if torch: torch.set_num_threads(1)
+    return f(item)
+
+def _in_threads(f, items, n):
+    "`map(f, items)` in threads of this process, in the order of `items`"
+    if n<2: return map(f, items)
+    from joblib import Parallel, delayed
+    return Parallel(n, require='sharedmem', return_as='generator')(delayed(f)(o) for o in items)
+
 def map_single_threaded(
     f, # Function of one item
     items, # What to apply it to
-    n_workers:int, # Threads
+    n_workers:int=None, # How many at a time; by default one per core
+    anywhere:bool=False, # `f` and `items` are addresses: where joblib is told so, other processes and machines do it
 ):
-    "`map(f, items)` in threads with one BLAS thread each, in the order of `items`"
-    torch = sys.modules.get('torch')
+    "`map(f, items)` with one BLAS thread each, in the order of `items`; in threads of this process unless joblib says otherwise"
+    if anywhere and elsewhere():
+        yield from send(f, items, n_workers)
+        return
+    items,torch = list(items),sys.modules.get('torch')
     threads = torch and torch.get_num_threads()
-    start = dict(initializer=torch.set_num_threads, initargs=(1,)) if torch else {}
     try:
-        with threadpool_limits(1, 'blas'), ThreadPoolExecutor(n_workers, **start) as pool:
-            yield from pool.map(f, items)
+        with threadpool_limits(1, 'blas'):
+            yield from _in_threads(partial(_on_one_thread, f), items, min(n_workers or n_cores(), len(items)))
     finally:
         if torch: torch.set_num_threads(threads)
 

@@ -10,19 +10,23 @@ __all__ = ['resolve_of', 'scan']
 # %% ../nbs/20_scan.ipynb #00000003
 import numpy as np, pandas as pd
 from contextlib import nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from math import hypot
 from .arithmetic import number_types, storage, widen
 from .checkpoint import Checkpoint
 from .edges import default_estimator, measure
+from .files import address, fingerprint
 from .matrices import flat_layout, layouts
 from .names import align
+from .extras import needed
 from .on_device import OnDevice, device_named, full_precision
 from .parallel import Bar, map_single_threaded, n_cores
+from .pieces import elsewhere
 from .rules import Estimator, recipe
 from .shown import html_table
 from .spectrum import Matrix, matrix
 from .units import find_units
+from uuid import uuid4
 
 # %% ../nbs/20_scan.ipynb #00000006
 def resolve_of(
@@ -119,6 +123,44 @@ def _measurable(layout, paper):
 
 
 
+# %% ../nbs/20_scan.ipynb #5ca9c002
+def _opened(model, base, of):
+    "Model and base with one set of names; no base where weights are measured"
+    base = None if base is None else Checkpoint(base)
+    models,base = align(dict(model=Checkpoint(model, base)), base if of=='update' else None)
+    return models['model'],base
+
+def _laid(infos, what): return {k: flat_layout(o.shape) for k,o in infos.items()} if what.rule.flat else layouts(infos)
+
+class _Measured:
+    "Row of a tensor by its name"
+    def __init__(self, *parts): self.model,self.base,self.laid,self.text,self.there,self.seen = parts
+    def __call__(self, k):
+        return _pooled([self.measured(k, i) for i in range(self.laid[k].count)])
+    def measured(self, k, i):
+        M = _matrix(k, self.model, self.base, self.laid[k], i)
+        if self.there: M.on = partial(OnDevice, device=self.there)
+        return measure(M, self.text, k, self.seen and partial(self.seen, k, i))
+    def __reduce__(self): return _received,self.sent
+
+def _prints(model, base): return fingerprint([*model.files, *(base.files if base else ())])
+
+def _sent(model, base, of, opened, opened_base, text, device):
+    "Addresses, or None for what got other names after it was opened; a later scan opens models again. Raises `ValueError`"
+    def where(o, what): return o if o is None else address(o.label if isinstance(o, Checkpoint) and o.files else o, what)
+    found = where(model, 'the model'),where(base, 'the base')
+    renamed = isinstance(model, Checkpoint) and list(_opened(*found, of)[0])!=list(opened)
+    return None if renamed else (*found, of, text, device, _prints(opened, opened_base), uuid4().hex)
+
+@lru_cache(1)
+def _received(model, base, of, text, device, prints, scan):
+    there = device and device_named(device)
+    if there: needed('torch').set_float32_matmul_precision('highest') # this process is a worker's
+    opened,opened_base = _opened(model, base, of)
+    if _prints(opened, opened_base)!=prints:
+        raise ValueError(f"{' and '.join(filter(None, (model, base)))} are other files here than where the scan began: all machines need the same")
+    return _Measured(opened, opened_base, _laid(opened.infos, recipe(text, 'estimator', 'estimator')), text, there, None)
+
 # %% ../nbs/20_scan.ipynb #00000009
 def scan(
     model, # Anything `Checkpoint` opens
@@ -133,28 +175,24 @@ def scan(
     seen=None, # Is called with name, number of the matrix, `Matrix` and what the estimator gave of it
 ) -> pd.DataFrame: # One row per tensor: name, unit, role, shape, snr, more of `measure`, estimator, of, layout, matrices
     "Measure every matrix of a model, several of one tensor each by itself. Raises what `Checkpoint`, `measure` and `resolve_of` raise"
-    what,there = recipe(estimator, 'estimator', 'estimator'),device and device_named(device)
-    of,base = resolve_of(of, base),None if base is None else Checkpoint(base)
-    models,base = align(dict(model=Checkpoint(model, base)), base if of=='update' else None)
-    model = models['model']
+    what,of,given = recipe(estimator, 'estimator', 'estimator'),resolve_of(of, base),(model, base)
+    there = device and device_named(device)
+    model,base = _opened(model, base, of)
     infos,units = model.infos,find_units(model.infos, heads, model.aliases)
-    laid = {k: flat_layout(o.shape) for k,o in infos.items()} if what.rule.flat else layouts(infos)
+    laid = _laid(infos, what)
     names = [k for k,o in infos.items()
         if o.is_float and _measurable(laid[k], what.rule.paper) and k not in model.aliases
         and k not in model.constants]
     if base: names = [k for k in names if _comparable(k, infos, base, units.role[k])]
     if not names: raise ValueError(f"{model.label} holds no matrix to measure")
     jobs = sorted(names, key=lambda k: -infos[k].numel*min(laid[k].matrix))
-    def one(k, i):
-        M = _matrix(k, model, base, laid[k], i)
-        if there: M.on = partial(OnDevice, device=there)
-        return measure(M, what.text, k, seen and partial(seen, k, i))
+    one = _Measured(model, base, laid, what.text, there, seen)
+    one.sent = _sent(*given, of, model, base, what.text, device) if elsewhere() and not seen else None
     # two workers: one reads while the other's matrix is measured
-    n_workers = n_workers or (min(2, n_cores()) if there else n_cores())
+    if there and not one.sent: n_workers = n_workers or min(2, n_cores())
     with full_precision() if there else nullcontext():
-        found = map_single_threaded(lambda k: _pooled([one(k, i) for i in range(laid[k].count)]), jobs, n_workers)
-        rows = dict(zip(jobs, Bar(found, total=len(jobs), desc='scan', unit='layer',
-            disable=not progress, leave=False)))
+        found = map_single_threaded(one, jobs, n_workers, anywhere=bool(one.sent))
+        rows = dict(zip(jobs, Bar(found, total=len(jobs), desc='scan', unit='layer', disable=not progress, leave=False)))
     res = Scan([dict(name=k, unit=units.unit[k], role=units.role[k], shape=infos[k].shape,
         **rows[k], estimator=what.text, of=of, layout=laid[k].kind+'?'*(not laid[k].sure),
         matrices=laid[k].count) for k in names])

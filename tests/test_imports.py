@@ -7,7 +7,7 @@ from safetensors.numpy import save_file
 from spectrum_merging.extras import extras
 
 root = Path(__file__).parent.parent
-core = ('extras','arithmetic','files','patterns','formats','stored','pickles','quantised','names','parallel','rules','spectrum','lowrank','adapter','checkpoint','units','scan','strategies',
+core = ('extras','pieces','clusters','arithmetic','files','patterns','formats','stored','pickles','quantised','names','parallel','rules','spectrum','lowrank','adapter','checkpoint','units','scan','strategies',
     'decisions','operations','preflight','plan','interop','layout','stream','journal','folder','merge','verify','extract','hub')
 heavy = 'torch','transformers','datasets','torchvision','matplotlib','sklearn','IPython' # torch alone: 2 s and 500 MB
 slow = (*heavy,'pandas','scipy','pyarrow') # 0.7 s together, which only tables and SNRs are worth

@@ -13,8 +13,8 @@ core = [k for k in files if not k.startswith('lab.') and k not in ('bench','cli'
 
 # A room imports only from floors below its own.
 floors = [
-    ['extras'],
-    ['rules','arithmetic','factors','files','patterns','parallel','matrices','batches','evaluate','plot','shown'],
+    ['extras','pieces'],
+    ['rules','arithmetic','factors','files','patterns','parallel','clusters','matrices','batches','evaluate','plot','shown'],
     ['units','unlabelled','align','quantised','formats','stored','bounds'],
     ['spectrum','lowrank','strategies','activations','layout','pickles'],
     ['largest'],
@@ -39,7 +39,7 @@ floors = [
     ['lab.completions'],
     ['lab.images'],
     ['lab.merges'],
-    ['lab.report'],
+    ['lab.report','lab.ahead'],
     ['lab.parts'],
     ['lab.causes','lab.inside','lab.seeds','lab.uses'],
     ['lab.paper','lab.verdicts','lab.many'],

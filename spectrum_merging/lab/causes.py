@@ -13,6 +13,7 @@ __all__ = ['factorial_rows', 'attribution', 'attribution_table', 'joint_logits',
 import numpy as np, pandas as pd
 from scipy.optimize import minimize
 from ..evaluate import mean_interval, score_rows, shapley
+from .ahead import ahead
 from .merges import Lab, Merge
 from .parts import chosen_merge, items, start
 from .report import Results, caption, summary
@@ -31,9 +32,10 @@ def factorial_rows(
             chosen_merge(lab, 'task_arithmetic', chosen['task_arithmetic'], chosen)}
     own = [lab.head(t) for t in lab.tasks]
     alike = len({tuple(v.shape for v in h.values()) for h in own})==1
-    rows = []
+    rows,repairs = [],(lab.kind.treatments or {'': ''}).values()
+    ahead(lab, [m.then(repair) for m in kinds.values() for repair in repairs])
     for name,m in kinds.items():
-        for repair in (lab.kind.treatments or {'': ''}).values():
+        for repair in repairs:
             for head in ['averaged']*alike+[None]:
                 rows += lab.rows(m.then(repair), head, table='factorial', method=name)
     return rows

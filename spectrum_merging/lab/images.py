@@ -218,7 +218,7 @@ def make_experts(
         done = (cache/'models'/digest(r)/'model.safetensors').exists()
         return 0 if done else r['epochs']*(len(t.x)//b.batch)
     train_side_by_side([(f'training {t.name}', steps(t, b, s), make_expert, (t, base, b, s, cache))
-        for t,b,s in jobs], n_workers, progress)
+        for t,b,s in jobs], n_workers, progress, cache)
     return [make_expert(t, base, b, s, cache, progress) for t,b,s in jobs]
 
 # %% ../../nbs/lab/20_images.ipynb #00000016

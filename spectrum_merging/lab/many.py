@@ -12,6 +12,7 @@ __all__ = ['many_candidates', 'called', 'refitted', 'first_tasks', 'many_setting
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from ..evaluate import mean_interval
+from .ahead import ahead
 from .merges import Lab, Merge
 from .parts import choose, chosen_merge, finished, looks_at_inputs, needed, tested
 from .report import Results
@@ -94,7 +95,9 @@ def many_rows(
         found = only if len(only)==len(fit) else many_settings(first_tasks(lab, names[:n], tuning_seed), fit, tried)
         rows += [dict(table='tried', number=n, seed=tuning_seed, **o) for o in tried]
         part,plain = first_tasks(lab, names[:n]),None
-        for name,said,m,inputs in many_merges(part, found):
+        todo = [*many_merges(part, found)]
+        ahead(part, [m for _,_,m,_ in todo])
+        for name,said,m,inputs in todo:
             preds = part.predict(m)
             plain = plain or preds
             about = dict(table='many', number=n, method=name, setting=said, needs=needed(part, inputs))

@@ -21,6 +21,7 @@ from ..evaluate import bootstrap, majority, score, score_rows
 from ..files import atomic, cache_dir, digest
 from .training import Base, Kind, device, fast
 from ..merge import merge, task_state
+from ..pieces import here
 from ..plan import Plan, make_plan
 from ..rules import recipe
 from ..scan import scan
@@ -42,6 +43,7 @@ class Lab:
         "Train or load base and experts. Raises what the kind raises"
         self.kind,self.budget,self.seed,self.progress = kind,budget,seed,progress
         self.cache = Path(cache or cache_dir())
+        self.given,self.known = experts,True # Whether others can make the same lab
         self.whole,self.tasks = tasks,{k: kind.limited(t, budget) for k,t in tasks.items()}
         self.start = base if isinstance(base, Base) else kind.find_base(self.tasks, budget, base, seed,
             self.cache, progress)
@@ -97,8 +99,9 @@ def scans(self:Lab,
     estimator:str=default_estimator, # What measures
 ) -> dict: # `{task: scan(...)}`
     "SNR of every matrix of each expert, or of what fine-tuning changed in it"
-    def make(): return {t: scan(sd, self.base if of=='update' else None, estimator=estimator, of=of,
-        progress=False) for t,sd in self.experts.items()}
+    def make():
+        with here(): return {t: scan(sd, self.base if of=='update' else None, estimator=estimator, of=of, progress=False)
+            for t,sd in self.experts.items()}
     return self.once(('scans', of, estimator), make)
 
 @patch
@@ -254,7 +257,8 @@ def heads(self:Lab,
     return res | {task: mine}
 
 @patch
-def _file(self:Lab, merged, split, tasks):
+def file(self:Lab, merged, split, tasks=None):
+    "Where the logits of a merge are kept"
     return self.cache/'predictions'/f'{digest([self.key, merged.key, split, tasks])}.npz'
 
 # %% ../../nbs/lab/30_merges.ipynb #00000010
@@ -273,7 +277,7 @@ def logits(self:Lab,
             res |= _halved(t, self.kind.logits(self, t, self._fitting(t, states[t]),
                 self.heads(states[t], t, merged.source), x))
         return res
-    found,res = _stored(self._file(merged, split, tasks and names), make),{t: {} for t in names}
+    found,res = _stored(self.file(merged, split, tasks and names), make),{t: {} for t in names}
     for k,z in found.items():
         t,_,h = k.partition('|')
         res[t][h] = z
@@ -290,7 +294,7 @@ def logits_together(self:Lab,
     merges:list, # Of `Merge`
 ):
     "Store the logits of merges on test items; where the kind can, layers that they share run once"
-    todo = {f: m for m in merges if not (f := self._file(m, 'test', None)).exists()}
+    todo = {f: m for m in merges if not (f := self.file(m, 'test', None)).exists()}
     if not todo or not hasattr(self.kind, 'logits_together'): return
     states = [self.states(m) for m in todo.values()]
     found = {t: self.kind.logits_together([sd[t] for sd in states], [self.heads(sd[t], t, m.source)
@@ -395,6 +399,7 @@ def with_experts(self:Lab,
     "The same lab with other experts' weights"
     res = copy.copy(self)
     res.__dict__.pop('key', None)
+    res.known = False
     res._take(experts)
     return res
 

@@ -12,6 +12,7 @@ __all__ = ['image_strategies', 'published_images', 'text_strategies', 'image_pla
 # %% ../../nbs/lab/60_paper.ipynb #00000003
 import numpy as np, pandas as pd, torch
 from ..evaluate import score_rows
+from .ahead import ahead
 from .causes import spread
 from .merges import Lab, Merge
 from .report import caption
@@ -46,6 +47,7 @@ def image_rows(
 ) -> list: # Rows of `Lab.rows`
     "The paper's vision experiment, tensor for tensor"
     plans,rows = image_plans(lab, thresholds),[]
+    ahead(lab, [Merge(p) for p in plans.values()])
     lab.logits_together([Merge(p) for p in plans.values()])
     for (s, t),plan in plans.items():
         rows += lab.rows(Merge(plan), head='merged', table='paper', method=s, strategy=s, threshold=t,

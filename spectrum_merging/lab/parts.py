@@ -14,6 +14,7 @@ __all__ = ['candidates', 'guided', 'refitted_methods', 'three_methods', 'referen
 import numpy as np, pandas as pd
 from functools import partial
 from ..evaluate import compare, control_scans, controls, holm, mcnemar
+from .ahead import ahead
 from .merges import Lab, Merge
 from .report import Results
 from ..rules import recipe, rules
@@ -27,6 +28,7 @@ def reference_rows(
 ) -> list: # Rows of `Lab.rows`
     "Majority class, the base, and each expert under its own and under all heads"
     about = dict(table='reference')
+    ahead(lab, [Merge('base'), *map(lab.alone, lab.tasks)])
     rows = lab.chance_rows(method='majority class', **about)
     rows += lab.rows(Merge('base'), method='base, head of each expert', **about)
     for e in lab.tasks:
@@ -90,10 +92,12 @@ def grid_rows(
     return lab.once(('grid', split, tuple(tops)), lambda: _grid_rows(lab, split, tops))
 
 def _grid_rows(lab, split, tops):
-    rows,plain,n = [],{},lab.kind.tuning
-    for (s, of, p),plan in grid_plans(lab, tops).items():
-        for name,repair in (lab.kind.treatments or {'': ''}).items():
-            m = Merge(plan).then(repair, n if split=='held' else None)
+    rows,plain,n,kinds,plans = [],{},lab.kind.tuning,lab.kind.treatments or {'': ''},grid_plans(lab, tops)
+    def made(plan, repair): return Merge(plan).then(repair, n if split=='held' else None)
+    ahead(lab, [made(plan, repair) for plan in plans.values() for repair in kinds.values()], split)
+    for (s, of, p),plan in plans.items():
+        for name,repair in kinds.items():
+            m = made(plan, repair)
             preds = lab.predict(m, split)
             found = lab.rows(m, split=split, table='grid', strategy=s, of=of, top=p,
                 method=s if s=='standard' else f'{s}, {of}, top {p} %', digest=plan.digest)
@@ -157,10 +161,14 @@ def choose(
 ) -> dict: # `{method: (recipe, scale)}`, and 'weights', 'update': `(strategy, top)`
     "Settings that are best on held-out training items"
     res = {}
-    for m,all_found in candidates.items():
-        found = some(all_found, lab.budget.tries)
+    todo = {m: some(o, lab.budget.tries) for m,o in candidates.items()}
+    def made(m, choice): return finished(lab, chosen_merge(lab, m, choice, res), lab.kind.tuning)
+    def fitted(found): return recipe(found[0][0]).rule.kind=='repair' # starts from what is chosen
+    ahead(lab, [made(m, o) for m,found in todo.items() if len(found)>1 and not fitted(found) for o in found], 'held')
+    for m,found in todo.items():
+        if len(found)>1 and fitted(found): ahead(lab, [made(m, o) for o in found], 'held')
         def score(choice):
-            kept = lab.held_out(finished(lab, chosen_merge(lab, m, choice, res), lab.kind.tuning))
+            kept = lab.held_out(made(m, choice))
             if tried is not None: tried.append(dict(method=m, setting=choice[0], scale=choice[1], kept=kept))
             return kept
         res[m] = found[0] if len(found)==1 else max(found, key=score)
@@ -215,6 +223,7 @@ def method_rows(
 ) -> list: # Rows of `Lab.rows`; p: exact McNemar against the plain average
     "Every method with its chosen setting, a head per task; with one head where classes agree"
     kinds = chosen_merges(lab, chosen)
+    ahead(lab, [finished(lab, m) for m,_ in kinds.values()])
     plain,rows = lab.predict(finished(lab, kinds['average'][0])),[]
     for name,(m,inputs) in kinds.items():
         m = finished(lab, m)
@@ -239,11 +248,9 @@ def image_method_rows(
     chosen:dict, # From `choose`
 ) -> list: # Rows of `Lab.rows`
     "Every method under normalisation statistics that are shared, or measured for each task"
-    rows,both,n = [],('shared','per task'),f'unlabelled {items(lab)}'
+    todo,both,n = [],('shared','per task'),f'unlabelled {items(lab)}'
     def add(name, merged, needs, statistics, lab=lab):
-        for s in statistics:
-            m = merged.then(lab.kind.treatments[s])
-            rows.extend(lab.rows(m, table='methods', method=name, needs=needs))
+        for s in statistics: todo.append((lab, merged.then(lab.kind.treatments[s]), name, needs))
     add('average', lab.average(), 'weights', both)
     for m,(text,scale) in chosen.items():
         if m in guided: continue
@@ -252,8 +259,10 @@ def image_method_rows(
     other,m = aligned_merge(lab)
     add('average, units aligned', m, 'weights', both[1:], other)
     for name,merged,repair in (('average, REPAIR', lab.average(), 'channels'), ('matched layers', start(lab, chosen), 'match')):
-        for s in both: rows += lab.rows(merged.then(f'{repair}(statistics={s})'), table='methods', method=name, needs=n)
-    return rows
+        for s in both: todo.append((lab, merged.then(f'{repair}(statistics={s})'), name, n))
+    ahead(lab, [m for owner,m,*_ in todo if owner is lab])
+    found = [owner.rows(m, table='methods', method=name, needs=needs) for owner,m,name,needs in todo]
+    return [r for rows in found for r in rows]
 
 # %% ../../nbs/lab/50_parts.ipynb #00000014
 refitted_methods = 'update','task_arithmetic','ridge_mean','tsv_m','regmean','matched'
@@ -269,6 +278,7 @@ def head_rows(
     if 'matched' in methods and 'matched' not in chosen and lab.kind.treatments:
         kinds['matched layers'] = start(lab, chosen).then('match(statistics=per task)')
     average = finished(lab, kinds['average'])
+    ahead(lab, [finished(lab, m).then('refit') for m in (Merge('base'), *kinds.values())])
     plain,rows = lab.predict(average.then('refit') if table=='heads' else average),[]
     for name,m in (dict(base=Merge('base')) | kinds).items():
         m = finished(lab, m).then('refit')
@@ -293,6 +303,7 @@ def control_rows(
         for d in range(draws if kind in ('random','shuffled') else 1):
             other = control_scans(scans, kind, 100*lab.seed+d)
             found[kind if d==0 else f'{kind} {d+1}'] = by(of='update', scans=other)
+    ahead(lab, [finished(lab, Merge(o)) for o in found.values()])
     rows,truth,first = [],np.concatenate(list(lab.labels().values())),None
     for name,plan in found.items():
         m = finished(lab, Merge(plan))

@@ -301,7 +301,7 @@ def text_experts(
         r = _recipe(t, base, b, s)
         return 0 if (cache/'models'/digest(r)/'expert'/'config.json').exists() else _steps(t, r)
     train_side_by_side([(f'training {t.name}', steps(t, b, s), text_expert, (t, base, b, s, cache))
-        for t,b,s in jobs], n_workers, progress)
+        for t,b,s in jobs], n_workers, progress, cache)
     return [text_expert(t, base, b, s, cache, progress) for t,b,s in jobs]
 
 # %% ../../nbs/lab/25_texts.ipynb #00000017

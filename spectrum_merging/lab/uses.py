@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from functools import partial
 from ..edges import measure
 from ..evaluate import bootstrap, control_scans, controls, mcnemar
+from .ahead import ahead
 from .merges import Lab, Merge
 from .parts import finished, sound_strategies
 from .report import Experiment, experiments
 from ..parallel import map_single_threaded, n_cores
+from ..pieces import elsewhere
 from ..plan import Plan
 from ..rules import rules
 from ..spectrum import gram_eigs
@@ -304,7 +306,11 @@ def use_rows(
 ) -> list: # Rows of `Lab.rows`, and what the new edge's arm has over each
     "Every arm of every use, scored"
     rows,first,labels = [],{},lab.labels()
-    for a,d,m in use_merges(lab, chosen, uses):
+    todo = use_merges(lab, chosen, uses)
+    if elsewhere():
+        todo = [*todo]
+        ahead(lab, [m for _,_,m in todo])
+    for a,d,m in todo:
         preds = lab.predict(m)
         first.setdefault(a.use, preds)
         text,number = chosen[a.use][a.name]
