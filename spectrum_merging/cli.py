@@ -69,8 +69,7 @@ def scan_cli(
         device=device, progress=bars())
     for o in df.attrs['notes']: say(o, sys.stderr)
     if out: df.to_csv(out, index=False)
-    else: print(df.drop(columns=['unit','estimator','of']).to_string(index=False,
-        float_format='{:.4g}'.format))
+    else: print(df.drop(columns=['unit','estimator','of']).to_string(index=False, float_format='{:.4g}'.format))
 
 # %% ../nbs/95_cli.ipynb #0000000a
 def _named(models):
