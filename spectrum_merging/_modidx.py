@@ -2852,8 +2852,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'spectrum_merging/spectrum.py'),
                                            'spectrum_merging.spectrum.Matrix.check': ( 'spectrum.html#matrix.check',
                                                                                        'spectrum_merging/spectrum.py'),
-                                           'spectrum_merging.spectrum.Matrix.is_single': ( 'spectrum.html#matrix.is_single',
-                                                                                           'spectrum_merging/spectrum.py'),
                                            'spectrum_merging.spectrum.Matrix.pieces': ( 'spectrum.html#matrix.pieces',
                                                                                         'spectrum_merging/spectrum.py'),
                                            'spectrum_merging.spectrum.Spectrum': ('spectrum.html#spectrum', 'spectrum_merging/spectrum.py'),

@@ -86,7 +86,9 @@ def _matrix(name, model, base, layout, i):
         return Matrix(update.shape, [(name, update.piece)], number_types['float64'].eps)
     W = _part(name, model, name, layout, i)
     if base is None: return W
-    return Matrix(W.shape, W.parts+_part(name, base, f'base {name}', layout, i).parts, number_types['float64'].eps)
+    W0 = _part(name, base, f'base {name}', layout, i)
+    # a difference of two fp32 numbers is rounded once, to a 2⁻²⁴th of itself
+    return Matrix(W.shape, W.parts+W0.parts, number_types['float64'].eps, W.is_single and W0.is_single)
 
 def _pooled(found):
     "One row for all matrices of a tensor, which are of one size: means, but for the sums that one matrix of them would have"

@@ -27,13 +27,12 @@ class Matrix:
         shape:tuple, # (rows, cols)
         parts:list, # `(name, piece)`: first minus rest; `piece(i, j, 'f8')` is a new array (m, j−i)
         eps:float, # Relative precision of the stored numbers
+        single:bool=None, # Whether fp32 holds its numbers to their last bit, or rounds differences once; by default as `eps` says
     ):
         self.shape,self.parts,self.eps = shape,parts,eps
+        self.is_single = len(parts)==1 and eps >= 2**-23 if single is None else single
         self.m,self.n = sorted(shape)
         self.on = None # what measures it instead of the processor: `OnDevice` of a device
-
-    @property
-    def is_single(self): return len(self.parts)==1 and self.eps >= 2**-23
 
     def pieces(self, kind='f8'):
         "New arrays (m, …), one after the other along the long side, in fp64 or ('f4') in fp32"
