@@ -137,6 +137,7 @@ def test_sweep(cluster, swept, parts, tmp_path, monkeypatch):
 def test_a_piece_that_ends_its_worker(cluster):
     "Tried again a few times, then named; what a piece raises comes back as it is"
     with on_cluster(cluster.name, cluster.address):
+        assert os.getpid() not in send(eval, ['__import__("os").getpid()']*2, 1) # one at a time is no reason to do it here
         with pytest.raises(RuntimeError, match='memory enough'): list(send(os._exit, [3]))
         with pytest.raises(TypeError, match='bad operand'): list(send(abs, [1, 'one']))
 
