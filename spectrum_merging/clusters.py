@@ -22,7 +22,9 @@ class _Queue(ParallelBackendBase):
     "Pieces in a cluster's queue; it gives what a lost worker had to another"
     supports_retrieve_callback = True
     def __init__(self): super().__init__(nesting_level=0)
-    def effective_n_jobs(self, n_jobs): return self.cores() if n_jobs in (None, -1) else n_jobs
+    def effective_n_jobs(self, n_jobs):
+        # what joblib believes to be one at a time it does in this process
+        return max(2, self.cores() if n_jobs in (None, -1) else n_jobs)
     def submit(self, func, callback=None):
         res = self.put(func)
         self.under_way.append(res)
@@ -45,7 +47,7 @@ class _Ray(_Queue):
     def start_call(self):
         super().start_call()
         self.refs.clear()
-    def cores(self): return max(1, int(self.ray.cluster_resources().get('CPU', 0)))
+    def cores(self): return int(self.ray.cluster_resources().get('CPU', 0))
     def put(self, func):
         ref = self.run.remote(func)
         res = ref.future()
@@ -59,7 +61,7 @@ class _Dask(_Queue):
     def __init__(self, client):
         super().__init__()
         self.client = client
-    def cores(self): return max(1, sum(self.client.ncores().values()))
+    def cores(self): return sum(self.client.ncores().values())
     def put(self, func): return self.client.submit(_called, func, pure=False)
     def drop(self, one): one.cancel()
 
