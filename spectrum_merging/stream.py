@@ -344,9 +344,10 @@ def _run_piece(piece, sources, write, local):
     return total % (1<<64)
 
 # %% ../nbs/55_stream.ipynb #00000016
-def _threads(todo, sources, write, n, done):
+def _threads(todo, sources, write, n, done, begun):
     "Run pieces in `n` threads"
     local = _Local(BLOCK)
+    begun()
     with ThreadPoolExecutor(n) as pool:
         futures = {pool.submit(_run_piece, t, sources, write, local): t for t in todo}
         try:
@@ -393,7 +394,7 @@ def _report(fd, todo, done):
     return True
 
 # %% ../nbs/55_stream.ipynb #00000017
-def _processes(todo, sources, write, n, done, forked):
+def _processes(todo, sources, write, n, done, begun, forked):
     "Run pieces in `n` forked processes"
     pipes,pids,left = {},[],len(todo)
     try:
@@ -409,6 +410,7 @@ def _processes(todo, sources, write, n, done, forked):
             os.close(out)
             pids.append(pid)
             pipes[r] = pid
+        begun()
         while pipes:
             for fd in select.select(list(pipes), [], [])[0]:
                 if _report(fd, todo, done): left -= 1
@@ -436,10 +438,11 @@ def run_pieces(
     done:Callable=None, # `done(piece, checksum)`, called here after each piece
     fork:bool=False, # Whether `write` works in forked children too
     forked:Callable=None, # Called in each child
+    begun:Callable=None, # Called here when the workers are there: from then on, threads may be started
 ):
     "Run pieces side by side. Raises `ValueError` for numbers that are not finite or do not fit"
-    n,done = n_workers or n_cores(),done or (lambda t, c: None)
+    n,done,begun = n_workers or n_cores(),done or (lambda t, c: None),begun or (lambda: None)
     whole = any(t.row.op!='linear' for t in todo) # threads of BLAS cannot be limited in workers:
     with threadpool_limits(1, 'blas') if whole else nullcontext(): # one thread has them in hand
-        if fork and n>1 and can_fork(): _processes(todo, sources, write, n, done, forked)
-        else: _threads(todo, sources, write, n, done)
+        if fork and n>1 and can_fork(): _processes(todo, sources, write, n, done, begun, forked)
+        else: _threads(todo, sources, write, n, done, begun)
