@@ -169,7 +169,8 @@ def page_aligned(
 ) -> np.ndarray: # Of type 'u8', starting at a page of memory, as direct writes need it
     "New memory, in large pages where it fills them and the system has them"
     size = LARGE_PAGE if 8*n>=LARGE_PAGE else mmap.PAGESIZE
-    pages = mmap.mmap(-1, 8*n+size-mmap.PAGESIZE)
+    own = dict(flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) if hasattr(mmap, 'MAP_PRIVATE') else {}
+    pages = mmap.mmap(-1, 8*n+size-mmap.PAGESIZE, **own)
     if size==LARGE_PAGE and hasattr(mmap, 'MADV_HUGEPAGE'):
         try: pages.madvise(mmap.MADV_HUGEPAGE)
         except OSError: pass # a system without them
