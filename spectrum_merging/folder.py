@@ -195,6 +195,16 @@ def card(
         + (['', '## What was decided', '', *[f'- {o}' for o in notes]] if notes else [])
         + ['', '## Results', '', results or 'Not evaluated yet.', ''])
 
+# %% ../nbs/57_folder.ipynb #slowd500
+class _Hashing:
+    "SHA-256 of the inputs, made while they are merged"
+    def __init__(self, *what): self.what,self.pool,self.ended = what,ThreadPoolExecutor(1),Event()
+    def start(self): self.found = self.pool.submit(hash_inputs, *self.what, self.ended)
+    def __enter__(self): return self
+    def __exit__(self, *why):
+        self.ended.set()
+        self.pool.shutdown()
+
 # %% ../nbs/57_folder.ipynb #0000000e
 # What an interruption costs at most; smaller, and the merge would wait for the disk more often
 FLUSH = 1<<28 # Bytes written between two entries of the journal
@@ -217,15 +227,6 @@ def _keep_finished(part, files, heads, todo, n_workers):
         return total % (1<<64)==part.done[i]
     if lost := part.keep(intact, len(todo), n_workers):
         warnings.warn(f"{lost} finished pieces in {part.root} are not what was written there: they are made again")
-
-class _Hashing:
-    "SHA-256 of the inputs, made while they are merged"
-    def __init__(self, *what): self.what,self.pool,self.ended = what,ThreadPoolExecutor(1),Event()
-    def start(self): self.found = self.pool.submit(hash_inputs, *self.what, self.ended)
-    def __enter__(self): return self
-    def __exit__(self, *why):
-        self.ended.set()
-        self.pool.shutdown()
 
 def _fill(part, files, heads, todo, sources, n_workers, progress, begun):
     "Run what is not done; checksums of what is not yet in the journal"
