@@ -13,9 +13,10 @@ __all__ = ['LONGEST', 'DEEPEST', 'LARGE', 'OPEN_FILES', 'user_path', 'lies_insid
 # %% ../nbs/07_files.ipynb #00000003
 import csv, errno, hashlib, json, os, re, shutil, stat, threading, time
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from io import StringIO
+from itertools import repeat
 from pathlib import Path
 
 # %% ../nbs/07_files.ipynb #0000h102
@@ -252,9 +253,15 @@ def cache_dir() -> Path: # SPECTRUM_CACHE, or a folder in the user's cache
 # %% ../nbs/07_files.ipynb #00000016
 def sha256(
     path, # File
+    ended:threading.Event=None, # Set where nobody waits for it any more
 ) -> str: # 64 hexadecimal digits
-    "SHA-256 of a file, of which every byte is read"
-    with os.fdopen(open_regular(path), 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    "SHA-256 of a file, of which every byte is read. Raises `CancelledError`"
+    found,buf = hashlib.sha256(),memoryview(bytearray(1<<20))
+    with os.fdopen(open_regular(path), 'rb', 0) as f:
+        while n := f.readinto(buf):
+            if ended and ended.is_set(): raise CancelledError(f"{path} is hashed no further")
+            found.update(buf[:n])
+    return found.hexdigest()
 
 # %% ../nbs/07_files.ipynb #00000018
 # 64 MiB are hashed in a fraction of a second: smaller files are not worth remembering
@@ -289,6 +296,7 @@ def _remembered(store):
 def known_sha256(
     paths:list, # Files
     n_workers:int=None, # Files hashed side by side
+    ended:threading.Event=None, # Set where nobody waits for them any more
 ) -> dict: # `{path: 64 hexadecimal digits}`
     "SHA-256 of files; large ones that did not change since they were hashed are not read. Raises `ValueError` (damaged)"
     stamps,store = {p: _stamp(p) for p in paths},cache_dir()/'sha256.json'
@@ -296,7 +304,7 @@ def known_sha256(
     res = {p: o[-1] for p,s in stamps.items()
         if s[0]>=LARGE and isinstance(o := known.get(str(p.absolute())), list) and o[:-1]==s}
     todo,now = [p for p in paths if p not in res],time.time_ns()
-    with ThreadPoolExecutor(n_workers) as pool: found = dict(zip(todo, pool.map(sha256, todo)))
+    with ThreadPoolExecutor(n_workers) as pool: found = dict(zip(todo, pool.map(sha256, todo, repeat(ended))))
     _remember(store, {str(p.absolute()): [*stamps[p], h] for p,h in found.items()
         if stamps[p][0]>=LARGE and now-max(stamps[p][1:3]) > 2e9})
     for p,h in (res | found).items(): _fits_name(p, h)

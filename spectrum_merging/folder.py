@@ -12,6 +12,7 @@ __all__ = ['FLUSH', 'fingerprint', 'input_names', 'hash_inputs', 'tied', 'untied
 import errno, hashlib, json, numpy as np, re, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from . import __version__
 from .beside import copy_beside, files_beside
@@ -26,6 +27,7 @@ from .plan import mixture
 from .preflight import out_problems
 from .units import head_tasks
 from .stream import BLOCK, PIECE, outputs, pieces, run_pieces, word_sum
+from threading import Event
 
 # %% ../nbs/57_folder.ipynb #00000007
 def _source(ckpt):
@@ -59,10 +61,13 @@ def hash_inputs(
     sources:dict, # `{name: Checkpoint}`
     known:dict, # From `fingerprint`
     n_workers:int=None, # Files hashed side by side
+    ended:Event=None, # Set where nobody waits for them any more
 ) -> dict: # `{name: {file: SHA-256}}`; `{name: {'in memory': …}}`
     "SHA-256 of every input file"
-    files = list(dict.fromkeys(p for o in sources.values() for p in o.files))
-    found = known_sha256(files, n_workers)
+    # the first file of each, then the second: as a merge reads them, so that a disk reads them once for both
+    side_by_side = zip_longest(*(o.files for o in sources.values()))
+    files = list(dict.fromkeys(p for o in side_by_side for p in o if p))
+    found = known_sha256(files, n_workers, ended)
     return {m: {k: found[p] for p,k in input_names(o).items()} or {'in memory': known[m]}
         for m,o in sources.items()}
 
@@ -190,6 +195,16 @@ def card(
         + (['', '## What was decided', '', *[f'- {o}' for o in notes]] if notes else [])
         + ['', '## Results', '', results or 'Not evaluated yet.', ''])
 
+# %% ../nbs/57_folder.ipynb #slowd500
+class _Hashing:
+    "SHA-256 of the inputs, made while they are merged"
+    def __init__(self, *what): self.what,self.pool,self.ended = what,ThreadPoolExecutor(1),Event()
+    def start(self): self.found = self.pool.submit(hash_inputs, *self.what, self.ended)
+    def __enter__(self): return self
+    def __exit__(self, *why):
+        self.ended.set()
+        self.pool.shutdown()
+
 # %% ../nbs/57_folder.ipynb #0000000e
 # What an interruption costs at most; smaller, and the merge would wait for the disk more often
 FLUSH = 1<<28 # Bytes written between two entries of the journal
@@ -213,7 +228,7 @@ def _keep_finished(part, files, heads, todo, n_workers):
     if lost := part.keep(intact, len(todo), n_workers):
         warnings.warn(f"{lost} finished pieces in {part.root} are not what was written there: they are made again")
 
-def _fill(part, files, heads, todo, sources, n_workers, progress):
+def _fill(part, files, heads, todo, sources, n_workers, progress, begun):
     "Run what is not done; checksums of what is not yet in the journal"
     where,number = _file_of(files),{(t.row.name, t.start): i for i,t in enumerate(todo)}
     fresh,waiting = {},0
@@ -234,7 +249,7 @@ def _fill(part, files, heads, todo, sources, n_workers, progress):
     with bar:
         bar.update(sum(_bytes(todo[i]) for i in part.done))
         try: run_pieces([t for i,t in enumerate(todo) if i not in part.done], sources, write,
-            n_workers or 2*n_cores(), done, fork=True, forked=part.in_child) # half wait for disk
+            n_workers or 2*n_cores(), done, fork=True, forked=part.in_child, begun=begun) # half wait for disk
         except (ChildProcessError, KeyboardInterrupt, MemoryError):
             part.note(fresh) # the disk is well, what is finished need not be lost
             raise
@@ -341,11 +356,9 @@ def write_folder(
         for k,v in blanks.items(): part.write(k, v, 0)
         part.start()
         _keep_finished(part, files, heads, todo, n_workers)
-        fresh = _fill(part, files, heads, todo, numbers or sources, n_workers, progress)
-        with ThreadPoolExecutor(1) as pool:
-            hashes = pool.submit(hash_inputs, sources, job['inputs'], n_workers)
-            part.note(fresh)
-            hashes = hashes.result()
+        with _Hashing(sources, job['inputs'], n_workers or n_cores()) as hashing:
+            part.note(_fill(part, files, heads, todo, numbers or sources, n_workers, progress, hashing.start))
+            hashes = hashing.found.result()
         if any(o.files and fingerprint({m: o})[m]!=job['inputs'][m] for m,o in sources.items()):
             raise ValueError("an input file changed while it was being merged: merge again")
         with writing(part.root):

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from fastcore.basics import patch
 from pathlib import Path
 from .arithmetic import page_aligned
-from .stream import BLOCK
+from .stream import WRITE
 
 # %% ../nbs/56_journal.ipynb #00000007
 # Smaller files fit the system's cache beside the inputs, and are written sooner through it
@@ -22,7 +22,7 @@ PAGE,DIRECT = 4096,1<<28 # Size of a page; bytes from which on a file is written
 
 class _Direct(threading.local):
     "Page-aligned memory of a thread"
-    def __init__(self): self.stage = page_aligned(BLOCK)
+    def __init__(self): self.stage = page_aligned(WRITE//8)
 
     def write(self, fd, buf, offset):
         "Write whole pages; False where the file system refuses"
@@ -264,7 +264,7 @@ def write(self:Partial, path, buf, offset):
     head = -offset % PAGE
     body = (len(buf)-head)//PAGE*PAGE
     with writing(self.root):
-        if path in self.direct and 0 < body <= 8*BLOCK:
+        if path in self.direct and 0 < body <= WRITE:
             if self.pages.write(self.direct[path], buf[head:head+body], offset+head):
                 self._write(path, buf[:head], offset)
                 offset,buf = offset+head+body,buf[head+body:]

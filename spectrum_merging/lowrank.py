@@ -158,7 +158,7 @@ class Adapted:
         delta,wide,ok = self.update.rows(i, j).reshape(-1),'float64' if self.update.kind=='f8' else 'float32',True
         if self.update.twice and wide!=dtype:
             delta,ok = weighted_sum([delta], [wide], [1.], dtype, _scratch(n))
-            delta,wide = delta.copy(),dtype
+            wide = dtype
         out,fine = weighted_sum([raw, delta], [dtype, wide], [1., 1.], dtype, _scratch(n))
         ok = ok and fine
         if not ok: raise ValueError(f"{self.name} of the adapter and its base makes a NaN or Inf in {dtype}: "

@@ -35,6 +35,7 @@ def half(models, tmp_path, monkeypatch):
     "A merge that was killed when some pieces were noted; `go` runs it again"
     monkeypatch.setattr(stream, 'PIECE', 1<<12)
     monkeypatch.setattr(folder, 'FLUSH', 1<<14)
+    monkeypatch.setattr(stream, 'as_completed', list) # in order: the first pieces are noted
     plan = make_plan('standard', models)
     def go(out='out', **kw): return merge(plan, models, out=tmp_path/out, n_workers=1, **kw)
     go('ref')

@@ -1,5 +1,5 @@
 "Merges into folders: exact for every shape, type, block and worker; atomic, resumable, verifiable."
-import contextlib, hashlib, json, os, random, shutil, signal, struct, subprocess, sys, time
+import contextlib, hashlib, json, os, random, shutil, signal, struct, subprocess, sys, threading, time
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_weighted_sum(dtypes, to, n, size, seed, halves):
     if not all(t.isfinite().all() for t in ts): return
     coefs = [1/len(ts)]*len(ts) if halves else torch.randn(len(ts), generator=g).double().tolist()
     want = reference(ts, coefs, floats[to])
-    out,ok = weighted_sum([raw(t) for t in ts], dtypes, coefs, to, Scratch(3000))
+    out,ok = weighted_sum([raw(t) for t in ts], dtypes, coefs, to, Scratch(1+seed % 3000))
     assert ok==bool(want.isfinite().all())
     if ok: assert out.tobytes()==raw(want).tobytes()
 
@@ -273,15 +273,43 @@ def test_empty_folder_is_used(tmp_path):
     (tmp_path/'out').mkdir()
     assert (merge(make_plan('standard', models), models, out=tmp_path/'out')/'merge.json').exists()
 
-def test_input_changes_meanwhile(tmp_path):
+@pytest.mark.parametrize('when', ['hashed, not merged', 'merged'])
+def test_input_changes_meanwhile(when, tmp_path):
     models,_ = write_models(tmp_path/'in')
-    real = folder.run_pieces
-    def meddle(*a, **kw):
-        real(*a, **kw)
-        os.utime(models['b']/'model-00001-of-00002.safetensors', ns=(1, 1))
-    with patch.object(folder, 'run_pieces', meddle), pytest.raises(ValueError, match='changed while'):
+    run,hash_inputs,hashed = folder.run_pieces,folder.hash_inputs,threading.Event()
+    def change(): spoil(models['b']/'model-00001-of-00002.safetensors', 4000, b'other')
+    def hashing(*a):
+        try: return hash_inputs(*a)
+        finally: hashed.set()
+    def meddle(*a, begun, **kw):
+        def first():
+            begun()
+            assert hashed.wait(60)
+            change()
+        run(*a, begun=first if when!='merged' else begun, **kw)
+        if when=='merged': change()
+    with patch.object(folder, 'run_pieces', meddle), patch.object(folder, 'hash_inputs', hashing), \
+            pytest.raises(ValueError, match='changed while'):
         merge(make_plan('standard', models), models, out=tmp_path/'out')
     assert [o.name for o in tmp_path.iterdir()]==['in']
+
+def test_hashed_while_merged(tmp_path):
+    "The hashes of new inputs are begun before a number is read; a merge that fails waits for none, and leaves no thread behind"
+    models,_ = write_models(tmp_path/'in')
+    plan,begun,given_up,before = make_plan('standard', models),threading.Event(),[],threading.active_count()
+    def endless(files, n_workers, ended):
+        begun.set()
+        given_up.append(ended.wait(60))
+        raise OSError('never seen')
+    def fail(*a):
+        assert begun.wait(60)
+        raise ValueError('no number')
+    with patch.object(folder, 'known_sha256', endless), patch.object(stream, '_run_piece', fail), pytest.raises(ValueError, match='no number'):
+        merge(plan, models, out=tmp_path/'out')
+    assert given_up==[True] and threading.active_count()==before and [o.name for o in tmp_path.iterdir()]==['in']
+    told = json.loads((merge(plan, models, out=tmp_path/'out')/'merge.json').read_text())['inputs']
+    assert all(h==hashlib.sha256((models[m]/k).read_bytes()).hexdigest() for m in 'ab' for k,h in told[m]['sha256'].items())
+    assert [len(told[m]['sha256']) for m in 'ab']==[2, 2]
 
 # --- bad input, as a user meets it
 
@@ -393,6 +421,22 @@ def test_direct_writes(dtype, tmp_path):
         refused = merge(plan, models, out=tmp_path/'refused')
     assert all_bytes(plain)==all_bytes(direct)==all_bytes(refused)
 
+@pytest.mark.parametrize('direct', [0, 1<<40])
+def test_few_large_writes(direct, tmp_path):
+    "A disk that takes some hundred requests a second gets megabytes by each"
+    models = {}
+    for k in 'ab':
+        save_file(dict(w=torch.randn(3_000_000, generator=torch.Generator().manual_seed(ord(k)))), tmp_path/f'{k}.safetensors')
+        models[k] = tmp_path/f'{k}.safetensors'
+    plan,sizes,real = make_plan('standard', models),[],os.pwrite
+    def pwrite(fd, buf, at):
+        sizes.append(memoryview(buf).nbytes)
+        return real(fd, buf, at)
+    with patch.object(journal, 'DIRECT', direct), patch('os.pwrite', pwrite): merge(plan, models, out=tmp_path/'out')
+    assert sum(n>4096 for n in sizes)==3 and max(sizes)==stream.WRITE and len(sizes)<8
+    mean = load_file(tmp_path/'out/model.safetensors')['w']
+    assert mean.equal(.5*load_file(models['a'])['w'] + .5*load_file(models['b'])['w'])
+
 # --- hashes
 
 def test_remembered_hashes(tmp_path, monkeypatch):
@@ -406,7 +450,7 @@ def test_remembered_hashes(tmp_path, monkeypatch):
         f.write_text(text)
         os.utime(f, ns=(old, old+len(text)))
     real = files.sha256
-    monkeypatch.setattr(files, 'sha256', lambda p: (read.append(p), real(p))[1])
+    monkeypatch.setattr(files, 'sha256', lambda p, *a: (read.append(p), real(p, *a))[1])
     def sha(): return files.known_sha256([f])[f]
     write('a'*20)
     assert sha()==sha()==hashlib.sha256(b'a'*20).hexdigest() and len(read)==1
