@@ -146,7 +146,7 @@ def test_other_files_there(models, tmp_path):
     mood,base = models
     other = tmp_path/'mood.safetensors'
     other.write_bytes(mood.read_bytes())
-    sent = [str(other), str(base), 'update', 'flip', scan_room._prints(*scan_room._opened(other, base, 'update')), 'scan']
+    sent = [str(other), str(base), 'update', 'flip', None, scan_room._prints(*scan_room._opened(other, base, 'update')), 'scan']
     scan_room._received.cache_clear()
     raw = bytearray(other.read_bytes())
     raw[len(raw)//15*7] ^= 1

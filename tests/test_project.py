@@ -7,7 +7,7 @@ import pytest, spectrum_merging.edges
 
 root = Path(__file__).parent.parent
 notebooks = sorted(o for o in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in o.parts)
-cited = 'spec','arcee-ai','bitsandbytes-foundation','huggingface','maste473','QuixiAI','stipub' # the only accounts that a link may lead to; git-lfs.github.com/spec, the mathematical font's licence
+cited = 'spec','arcee-ai','bitsandbytes-foundation','huggingface','maste473','pytorch','QuixiAI','stipub' # the only accounts that a link may lead to; git-lfs.github.com/spec, the mathematical font's licence
 repo_url = 'https://code.example.org/me/merging' # of somebody who publishes the package
 
 def lacks_foreign_hosts(text):
