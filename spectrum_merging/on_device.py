@@ -105,6 +105,7 @@ class OnDevice:
         device, # From `device_named`
     ):
         self.M,self.device,self.torch = M,device,needed('torch')
+        self.small = M.m<LARGE and M.m*M.n<=IN_MEMORY # the processor, too, takes other signs for larger ones
         self._measure('f4' if M.is_single else 'f8')
         # fp32 is too coarse for the noise under such spikes
         if self.A.dtype==self.torch.float32 and self.e[0] > 1e4*np.median(self.e): self._measure('f8')
@@ -140,7 +141,7 @@ def directions(self:OnDevice, k):
 def _copy(self:OnDevice, E, draw):
     "A flipped copy"
     m,n = E.shape
-    if m<LARGE and m*n<=IN_MEMORY: return self.torch.where(bits_there(m, n, draw, self.device), -E, E)
+    if self.small: return self.torch.where(bits_there(m, n, draw, self.device), -E, E)
     res,step = self.torch.empty_like(E),max(1, _window//m)
     for i in range(0, n, step):
         j = min(i+step, n)
@@ -150,10 +151,9 @@ def _copy(self:OnDevice, E, draw):
 @patch
 def _tops(self:OnDevice, E, draws):
     "Largest eigenvalues of some flipped copies, and near their directions"
-    small = self.M.m<LARGE and self.M.m*self.M.n<=IN_MEMORY
-    first = anywhere(self.M.m) if small else np.ones(self.M.m, 'f4')
+    first = anywhere(self.M.m) if self.small else np.ones(self.M.m, 'f4')
     # as many steps as the processor takes
-    found = {d: Lanczos(started(first, None if self.near is None else self.near[d]), STEPS if small else 200) for d in draws}
+    found = {d: Lanczos(started(first, None if self.near is None else self.near[d]), STEPS if self.small else 200) for d in draws}
     copies = {d: self._copy(E, d) for d in draws}
     while on := [d for d in draws if not found[d].done]:
         V = self.torch.from_numpy(np.stack([found[d].v for d in on])).to(self.device)
