@@ -24,7 +24,7 @@ from .judged import chance, commonest, figure, judged, markdown, sentences
 from .merge import check_out, load_model, load_task, merge
 from .own_data import own_data
 from .parallel import Bar, free_memory, map_single_threaded, quiet
-from .pieces import elsewhere
+from .pieces import await_files, elsewhere
 from .preflight import name_models, preflight, slips
 from .rules import recipe
 
@@ -267,9 +267,6 @@ def _addresses(models, base, data, seed, **how):
     return json.dumps([dict(models=at(models), base=address(base, 'the base'), data=at(data)) | how, seed])
 
 # %% ../nbs/75_compare.ipynb #c1us7502
-# Seconds. A network folder may show late what another machine has written.
-_seen = 15
-
 def _measure(bench, where, clock, rows, progress):
     "Have rows measured by whoever does pieces"
     end,rows = time.time()+clock.left-clock.ending(candidates.average),[o for o in rows if not bench.stands(o)]
@@ -279,11 +276,7 @@ def _measure(bench, where, clock, rows, progress):
     todo = [o for o in map(planned, rows) if o]
     found = map_single_threaded(partial(_stored, where, bench.key, str(bench.cache), end), todo, anywhere=True)
     paths = [Path(o) for o in Bar(found, total=len(todo), desc='rows', disable=not progress, leave=False) if o.endswith('.npz')]
-    late = time.time()+_seen
-    while paths and not all(o.exists() for o in paths):
-        if time.time()>late: raise ValueError(f"workers stored answers in {bench.cache}, and they are not there: every machine needs "
-            "the same cache folder (SPECTRUM_CACHE)")
-        time.sleep(.2)
+    await_files(paths, bench.cache)
 
 def _ahead(bench, where, clock, todo, progress):
     "All rows, then controls of the best strategy by SNR, where others can measure them"

@@ -233,7 +233,7 @@ def _flip(x, alpha):
     edge = max(edge, rounding_level(M, e)*noise_edge(M.m, M.n, alpha))
     return replace(_made(e, M.m, M.n, x.unit, edge, error, alpha, fits), eigs_error=x.error)
 
-@rule('estimator', version=3)
+@rule('estimator', version=3, on_device=True)
 def flip(
     M, # Tensor, array or `Matrix` with ≥ 2 dimensions
     alpha:float=.01, # Chance of a false spike in pure noise

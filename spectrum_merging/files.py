@@ -7,8 +7,8 @@ Docs: nbs/07_files.ipynb"""
 # %% auto #0
 __all__ = ['LONGEST', 'DEEPEST', 'LARGE', 'OPEN_FILES', 'user_path', 'lies_inside', 'inside', 'own_file', 'open_regular',
            'remedy', 'read_text', 'parse_json', 'csv_cells', 'free_file', 'is_free', 'free_folder', 'atomic',
-           'atomic_folder', 'write_json', 'read_json', 'cache_dir', 'sha256', 'known_sha256', 'address', 'fingerprint',
-           'digest', 'InputFile']
+           'atomic_folder', 'write_json', 'read_json', 'cache_dir', 'sha256', 'known_sha256', 'address',
+           'sampled_digest', 'digest', 'InputFile']
 
 # %% ../nbs/07_files.ipynb #00000003
 import csv, errno, hashlib, json, os, re, shutil, stat, threading, time
@@ -325,7 +325,7 @@ def address(
 # Blocks of a file that are read, and their size: a hundredth of a second on a slow disk, whatever the file's size
 _blocks,_block = 16,1<<12
 
-def fingerprint(
+def sampled_digest(
     paths, # Files
 ) -> str: # 16 hexadecimal digits
     "Whether files are the same ones, by their sizes and some blocks of each. Raises `OSError`"

@@ -389,7 +389,7 @@ def _whole(task, notes, say):
 def _by_block(task, how, cuts, batches, notes, out, told, progress, say):
     "Plan, rows, what they are read from, what is to be said, and where fitted weights lie"
     from spectrum_merging.blockwise import fit_by_block, fitted_names, start_of
-    from spectrum_merging.folder import fingerprint
+    from spectrum_merging.folder import file_stamps
     for o in notes: say(o)
     given,ties = plan_rows(task.plan, task.models, task.base, task.dtype),tied(task.plan, task.models)
     start = {t: start_of(given, task.sources, ties, n, task.n_workers) for t,n in task.networks.items()}
@@ -397,7 +397,7 @@ def _by_block(task, how, cuts, batches, notes, out, told, progress, say):
     plan,_ = _placed(task.plan, names, task.why)
     rows = [r for r in plan_rows(plan, task.models, task.base, task.dtype, fitted=True) if r.name not in ties]
     mine = {k for o in names.values() for k,own in o.values() if own is None} | {head_name(k, own) for o in names.values() for k,own in o.values() if own}
-    job = [task.plan.digest, task.plan.meta, told, fingerprint(task.sources), [[r.name, r.info.dtype] for r in rows]]
+    job = [task.plan.digest, task.plan.meta, told, file_stamps(task.sources), [[r.name, r.info.dtype] for r in rows]]
     bar = Bar(desc='fit', unit=' layers', disable=not progress, leave=False)
     def shown(n, total):
         bar.total = total

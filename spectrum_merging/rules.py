@@ -94,6 +94,7 @@ class Rule:
     homogeneous:bool=False # Of a 'matrix' rule: f(c·updates) = c·f(updates) for c > 0
     paper:str='' # Of an 'estimator': the paper's notebook that it is from, 'text' or 'images'
     flat:bool=False # Of an 'estimator': whether it reads each tensor as one matrix (shape[0], rest), as published
+    on_device:bool=False # Of an 'estimator': whether it can measure where `OnDevice` does
     gives_heads:bool=False # Of a 'repair': whether heads of its own come out
     version:int=1 # To be raised by hand when its results change, so that nobody reuses old ones
     bound:Callable=None # Of a 'matrix' rule: takes the same, and gives how far two machines' results may be apart and why it is no proof

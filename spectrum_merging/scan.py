@@ -15,14 +15,14 @@ from math import hypot
 from .arithmetic import number_types, storage, widen
 from .checkpoint import Checkpoint
 from .edges import default_estimator, measure
-from .files import address, fingerprint
+from .files import address, sampled_digest
 from .matrices import flat_layout, layouts
 from .names import align
 from .extras import needed
 from .on_device import OnDevice, device_named, full_precision
 from .parallel import Bar, map_single_threaded, n_cores
 from .pieces import elsewhere
-from .rules import Estimator, recipe
+from .rules import Estimator, recipe, rule_names, rules
 from .shown import html_table
 from .spectrum import Matrix, matrix
 from .units import find_units
@@ -132,6 +132,8 @@ def _opened(model, base, of):
     models,base = align(dict(model=Checkpoint(model, base)), base if of=='update' else None)
     return models['model'],base
 
+def _on_device(): return [k for k in rule_names('estimator') if rules[k].on_device]
+
 def _laid(infos, what): return {k: flat_layout(o.shape) for k,o in infos.items()} if what.rule.flat else layouts(infos)
 
 class _Measured:
@@ -145,7 +147,7 @@ class _Measured:
         return measure(M, self.text, k, self.seen and partial(self.seen, k, i))
     def __reduce__(self): return _received,self.sent
 
-def _prints(model, base): return fingerprint([*model.files, *(base.files if base else ())])
+def _prints(model, base): return sampled_digest([*model.files, *(base.files if base else ())])
 
 def _sent(model, base, of, opened, opened_base, text, device):
     "Addresses, or None for what got other names after it was opened; a later scan opens models again. Raises `ValueError`"
@@ -179,6 +181,8 @@ def scan(
     "Measure every matrix of a model, several of one tensor each by itself. Raises what `Checkpoint`, `measure` and `resolve_of` raise"
     what,of,given = recipe(estimator, 'estimator', 'estimator'),resolve_of(of, base),(model, base)
     there = device and device_named(device)
+    if there and not what.rule.on_device:
+        raise ValueError(f"device is {device!r}, and {what.text} measures on the processor: leave device out, or choose {' or '.join(_on_device())}")
     model,base = _opened(model, base, of)
     infos,units = model.infos,find_units(model.infos, heads, model.aliases)
     laid = _laid(infos, what)

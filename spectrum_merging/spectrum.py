@@ -359,7 +359,7 @@ def is_bulk(
     # Eigenvalues of noise are rigid: k of them keep within 6/k of their law in every draw of the tests.
     return spikes<m//2 and ks*(m-spikes)<=8
 
-@rule('estimator', name='mp', version=2)
+@rule('estimator', name='mp', version=2, on_device=True)
 def spectrum(
     M, # Tensor, array or `Matrix` with ≥ 2 dimensions
     alpha:float=.01, # Chance of a false spike in pure noise

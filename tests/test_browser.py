@@ -13,45 +13,42 @@ def page(browser, tmp_path_factory):
         page.locator('.widget-image').wait_for()
         yield page
 
-def _state(page):
-    return page.locator('.widget-image').get_attribute('src'),page.locator('.widget-html').last.inner_text()
+def _state(page): return page.locator('.widget-image').get_attribute('src'),page.locator('.widget-html').last.text_content()
 
-def _moved(page, old):
-    "The new text, after picture and text have changed"
-    playwright().expect(page.locator('.widget-image')).not_to_have_attribute('src', old[0], timeout=30_000)
-    playwright().expect(page.locator('.widget-html').last).not_to_have_text(old[1], timeout=30_000)
-    return _state(page)[1]
+def _moved(page, old, *words):
+    "Wait until picture and text are others than in `old`, and the text says what it is to"
+    expect,text = playwright().expect,page.locator('.widget-html').last
+    expect(page.locator('.widget-image')).not_to_have_attribute('src', old[0], timeout=30_000)
+    expect(text).not_to_have_text(old[1], timeout=30_000)
+    for o in words: expect(text).to_contain_text(o, timeout=30_000)
 
 def test_slider(page):
+    playwright().expect(page.locator('.widget-html').last).to_contain_text('Accuracy: big cats')
     old = _state(page)
-    assert 'Accuracy: big cats' in old[1]
-    handle = page.locator('.noUi-handle')
-    handle.focus()
-    handle.press('ArrowRight')
-    new = _moved(page, old)
-    assert 'layers are above SNR' in new and 'Changed by the last step' in new
+    page.locator('.noUi-handle').press('ArrowRight')
+    _moved(page, old, 'layers are above SNR', 'Changed by the last step')
     assert page.locator('.widget-readout').inner_text()=='75 %'
 
 def test_strategy(page):
     old = _state(page)
     page.get_by_label('strategy').select_option('base_reset')
-    assert 'mean relative to the experts' in _moved(page, old)
+    _moved(page, old, 'mean relative to the experts')
 
 def test_weights(page):
     old = _state(page)
     page.get_by_label('SNR of').select_option('weights')
-    assert 'Changed by the last step' in _moved(page, old)
+    _moved(page, old, 'Changed by the last step')
 
 def test_not_measured(page):
     old = _state(page)
     page.get_by_label('strategy').select_option('snr_weighted')
-    assert 'not measured' in _moved(page, old)
+    _moved(page, old, 'not measured')
 
 def test_batchnorm_and_disabled_controls(page):
     old = _state(page)
     page.get_by_label('strategy').select_option('standard')
-    old = old[0],_moved(page, old)
+    _moved(page, old, 'Changed by the last step')
     playwright().expect(page.get_by_label('SNR of')).to_be_disabled()
     old = _state(page)
     page.get_by_label('BatchNorm').select_option('per task')
-    assert 'changed no layer' in _moved(page, old)
+    _moved(page, old, 'changed no layer')

@@ -237,3 +237,8 @@ def test_training_elsewhere_ends_too(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match='not been heard of'): tell(1)
     (tmp_path/'parent').unlink()
     with pytest.raises(RuntimeError, match='has ended'): tell(1)
+
+def test_folder_that_is_not_shared(tmp_path, monkeypatch):
+    monkeypatch.setattr(pieces, '_late', 0)
+    with pytest.raises(ValueError, match='stored 1 files in .*every machine needs the same cache folder'):
+        pieces.await_files([tmp_path/'there', tmp_path], tmp_path)

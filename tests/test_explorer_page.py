@@ -43,15 +43,19 @@ def redrawn(page, i, old):
     assert False, 'the picture stays'
 
 def press(page, what, *keys):
-    "Move the slider that is called `what`, each key after what the one before it did is shown; the value it comes to"
+    "Move the slider that is called `what`, each key after the layers' cut is what the one before it left; the value it comes to"
     slider = page.locator('.widget-slider', has_text=what)
     handle,readout = slider.locator('.noUi-handle'),slider.locator('.widget-readout')
     for k in keys:
         shown = readout.inner_text()
-        handle.focus()
         handle.press(k)
-        playwright().expect(readout).not_to_have_text(shown)
+        playwright().expect(readout).not_to_have_text(shown, timeout=30_000)
+        drawn(page, float(readout.inner_text()))
     return float(readout.inner_text())
+
+def drawn(page, cut):
+    "Wait until the layers are drawn with a cut"
+    playwright().expect(page.locator('svg[role=img]').first).to_contain_text(f'cut {cut:.3g}', timeout=30_000)
 
 def test_explorer_page(page, served):
     "Threshold, strategy, estimator, layer, and the plan saved"

@@ -109,3 +109,7 @@ sys.exit(scan_cli())'''
     def ran(*more): return subprocess.run([*args, *more], capture_output=True, text=True)
     assert (p := ran('--device', 'cuda')).returncode==1 and 'spectrum-merging[torch]' in p.stderr and not (tmp_path/'o.csv').exists()
     assert ran().returncode==0 and (tmp_path/'o.csv').exists()
+
+def test_rules_that_stay_on_the_processor():
+    with pytest.raises(ValueError, match="'cpu', and biwhiten measures on the processor: leave device out, or choose mp or flip"):
+        scan({'w': np.eye(9)}, estimator='biwhiten', device='cpu', progress=False)

@@ -8,13 +8,12 @@ Docs: nbs/lab/32_ahead.ipynb"""
 __all__ = ['LabAddress', 'lab_address', 'ahead']
 
 # %% ../../nbs/lab/32_ahead.ipynb #ahead003
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Lock
 from ..parallel import map_single_threaded
-from ..pieces import elsewhere
+from ..pieces import await_files, elsewhere
 from .merges import Lab
 from .training import Kept, Kind, keep
 
@@ -59,9 +58,6 @@ def _judged(where, split, tasks, merged):
         lab.logits(merged, split, tasks)
         return lab.file(merged, split, tasks).name
 
-# Seconds. A network folder may show late what another machine has written.
-_seen = 15
-
 def ahead(
     lab:Lab,
     merges, # Of `Merge`
@@ -72,8 +68,4 @@ def ahead(
     if not elsewhere() or not lab.known: return
     files = {f.name: m for m in merges if not (f := lab.file(m, split, tasks)).exists()}
     for _ in map_single_threaded(partial(_judged, lab_address(lab), split, tasks), files.values(), anywhere=True): pass
-    late = time.monotonic()+_seen
-    while missing := [o for o in files if not (lab.cache/'predictions'/o).exists()]:
-        if time.monotonic()>late: raise ValueError(f"workers stored {len(missing)} files in {lab.cache}, and they are not there: every machine "
-            "needs the same cache folder (SPECTRUM_CACHE)")
-        time.sleep(.2)
+    await_files([lab.cache/'predictions'/o for o in files], lab.cache)
