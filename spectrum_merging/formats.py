@@ -12,6 +12,7 @@ __all__ = ['first_bytes', 'is_safetensors', 'is_pickle', 'foreign', 'foreign_fol
 # %% ../nbs/09_formats.ipynb #00000003
 import json, os, re, subprocess, sys, zipfile
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from .extras import needed
 from .files import inside, lies_inside, open_regular, own_file, parse_json, read_text
@@ -353,8 +354,14 @@ def against_class(
     names, # Of its tensors
 ) -> tuple[list, list]: # Weights of the class that are not among `names`; `names` that the class has not
     "What `transformers` would make up at random, and what it would not use; two empty lists where it has no such class. Raises `RuntimeError` where it could not be asked"
-    p = subprocess.run([sys.executable, '-P', '-c', _asked_of_class], input=json.dumps([config, [*names]]), capture_output=True, text=True)
+    lost,odd = _answered(json.dumps([config, [*names]]))
+    return [*lost],[*odd]
+
+# Experts of one base ask the same, and transformers takes seconds to answer.
+@lru_cache(32)
+def _answered(question):
+    p = subprocess.run([sys.executable, '-P', '-c', _asked_of_class], input=question, capture_output=True, text=True)
     found = p.stdout.strip().splitlines()[-1:]
-    if p.returncode or not found: raise RuntimeError(f"transformers could not be asked what {config.get('architectures')} holds "
+    if p.returncode or not found: raise RuntimeError(f"transformers could not be asked what {json.loads(question)[0].get('architectures')} holds "
         f"({' '.join(p.stderr.split())[-200:] or f'exit {p.returncode}'}); see whether `import transformers` works here")
     return tuple(json.loads(found[0]))
