@@ -771,6 +771,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'spectrum_merging.edges._All.directions': ( 'edges.html#_all.directions',
                                                                                     'spectrum_merging/edges.py'),
                                         'spectrum_merging.edges._All.flipped': ('edges.html#_all.flipped', 'spectrum_merging/edges.py'),
+                                        'spectrum_merging.edges._all_of_small': ('edges.html#_all_of_small', 'spectrum_merging/edges.py'),
                                         'spectrum_merging.edges._below_spikes': ('edges.html#_below_spikes', 'spectrum_merging/edges.py'),
                                         'spectrum_merging.edges._edge_of': ('edges.html#_edge_of', 'spectrum_merging/edges.py'),
                                         'spectrum_merging.edges._endless': ('edges.html#_endless', 'spectrum_merging/edges.py'),

@@ -69,13 +69,27 @@ def anywhere(
     "A direction that knows nothing of any matrix"
     return np.float32(1)-np.float32(2)*(random_signs(m, m, 10**6)[0]>0)
 
+# Rows up to which all eigenvalues of a copy cost no more than steps towards its largest: for twenty copies of 16 × 64
+# 1 ms instead of 8 to 14, of 64 × 64 8 instead of 9 to 18, of 128 × 128 26 instead of 12 to 21.
+_few_rows = 64
+
+def _all_of_small(A, draws):
+    "Largest eigenvalues of `A Aᵀ` with random signs, from all of each"
+    (m,n),raw = A.shape,A.view('u4')
+    G = np.empty((draws, m, m), 'f4')
+    for i in range(draws):
+        E = (random_signs(m, n, i)^raw).view('f4')
+        np.matmul(E, E.T, out=G[i])
+    return np.linalg.eigvalsh(G)[:,-1]
+
 def flipped_tops(
     A:np.ndarray, # (m, n) fp32, m ≤ n
     draws:int, # How many copies
     near:np.ndarray=None, # (draws, m) where their largest directions may lie, from a matrix like this one
-) -> tuple[np.ndarray, np.ndarray]: # (draws,) largest eigenvalues of `A Aᵀ` with random signs; (draws, m) their directions
+) -> tuple: # (draws,) largest eigenvalues of `A Aᵀ` with random signs; (draws, m) their directions, None of small matrices
     "What the largest eigenvalue is without structure, several times"
     m,n = A.shape
+    if m<=_few_rows: return _all_of_small(A, draws),None
     raw,start = A.view('u4'),anywhere(m)
     found = []
     for i in range(draws):
@@ -233,7 +247,7 @@ def _flip(x, alpha):
     edge = max(edge, rounding_level(M, e)*noise_edge(M.m, M.n, alpha))
     return replace(_made(e, M.m, M.n, x.unit, edge, error, alpha, fits), eigs_error=x.error)
 
-@rule('estimator', version=3, on_device=True)
+@rule('estimator', version=4, on_device=True)
 def flip(
     M, # Tensor, array or `Matrix` with ≥ 2 dimensions
     alpha:float=.01, # Chance of a false spike in pure noise
