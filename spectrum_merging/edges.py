@@ -73,14 +73,11 @@ def anywhere(
 # 1 ms instead of 8 to 14, of 64 × 64 8 instead of 9 to 18, of 128 × 128 26 instead of 12 to 21.
 _few_rows = 64
 
-def _all_of_small(A, draws):
-    "Largest eigenvalues of `A Aᵀ` with random signs, from all of each"
-    (m,n),raw = A.shape,A.view('u4')
-    G = np.empty((draws, m, m), 'f4')
-    for i in range(draws):
-        E = (random_signs(m, n, i)^raw).view('f4')
-        np.matmul(E, E.T, out=G[i])
-    return np.linalg.eigvalsh(G)[:,-1]
+def _flipped(A, draw):
+    "A copy with random signs"
+    signs = random_signs(*A.shape, draw)
+    signs ^= A.view('u4')
+    return signs.view('f4')
 
 def flipped_tops(
     A:np.ndarray, # (m, n) fp32, m ≤ n
@@ -88,14 +85,10 @@ def flipped_tops(
     near:np.ndarray=None, # (draws, m) where their largest directions may lie, from a matrix like this one
 ) -> tuple: # (draws,) largest eigenvalues of `A Aᵀ` with random signs; (draws, m) their directions, None of small matrices
     "What the largest eigenvalue is without structure, several times"
-    m,n = A.shape
-    if m<=_few_rows: return _all_of_small(A, draws),None
-    raw,start = A.view('u4'),anywhere(m)
-    found = []
-    for i in range(draws):
-        flipped = random_signs(m, n, i)
-        flipped ^= raw
-        found.append(largest_eigenvalue(flipped.view('f4'), started(start, None if near is None else near[i])))
+    m,copies = len(A),(_flipped(A, i) for i in range(draws))
+    if m<=_few_rows: return np.linalg.eigvalsh(np.stack([E@E.T for E in copies]))[:,-1],None
+    start = anywhere(m)
+    found = [largest_eigenvalue(E, started(start, None if near is None else near[i])) for i,E in enumerate(copies)]
     return tuple(map(np.array, zip(*found)))
 
 # %% ../nbs/02_edges.ipynb #0000000a

@@ -203,7 +203,7 @@ def _show_threshold(self:Explorer):
     slider = self.controls['threshold']
     if low>slider.max: slider.max,slider.min = high,low
     else: slider.min,slider.max = low,high
-    # what is already shown is not sent back: it would undo a step that was made meanwhile
+    # what is already shown is not sent back: it could undo a step that was made meanwhile
     if _short(slider.value)!=self.threshold: slider.value = self.threshold
 
 # %% ../nbs/89_explorer.ipynb #e8000016

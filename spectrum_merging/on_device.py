@@ -152,7 +152,7 @@ def _copy(self:OnDevice, E, draw):
 def _tops(self:OnDevice, E, draws):
     "Largest eigenvalues of some flipped copies, and near their directions"
     first = anywhere(self.M.m) if self.small else np.ones(self.M.m, 'f4')
-    # as many steps as the processor takes
+    # as many steps as the processor takes, which of up to 64 rows takes all eigenvalues
     found = {d: Lanczos(started(first, None if self.near is None else self.near[d]), STEPS if self.small else 200) for d in draws}
     copies = {d: self._copy(E, d) for d in draws}
     while on := [d for d in draws if not found[d].done]:

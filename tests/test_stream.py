@@ -172,16 +172,15 @@ models,base = {k: f'{d}/{k}' for k in 'ab'},f'{d}/base'
 merge(make_plan('base_reset', models, base, threshold=0, of='weights'), models, base, out, n_workers=2)
 '''
 
-def test_kill_and_continue(tmp_path, request):
-    "kill -9 at 8 random moments (with --long 20): never a complete-looking folder; in the end the same bytes"
-    most = 20 if request.config.getoption('--long') else 8
+def test_kill_and_continue(tmp_path):
+    "kill -9 at 20 random moments: never a complete-looking folder; in the end the same bytes"
     write_models(tmp_path/'in', n=6)
     def start(out): return subprocess.Popen([sys.executable, '-c', slow, tmp_path/'in', out])
     begun = time.time()
     assert start(tmp_path/'whole').wait()==0
     took,whole,rng = time.time()-begun,all_bytes(tmp_path/'whole'),random.Random(0)
     kills,resumed,i,out,journal = 0,0,0,tmp_path/'out0',tmp_path/'.out0.partial/journal'
-    while kills<most:
+    while kills<20:
         p = start(out)
         time.sleep(rng.uniform(.3, 1)*took)
         p.send_signal(signal.SIGKILL)
@@ -192,7 +191,7 @@ def test_kill_and_continue(tmp_path, request):
         i += 1
         out,journal = tmp_path/f'out{i}',tmp_path/f'.out{i}.partial/journal'
     assert start(out).wait()==0 and all_bytes(out)==whole
-    assert resumed>=most//4
+    assert resumed>=5
     assert not journal.exists()
 
 def test_no_orphans(tmp_path):
