@@ -42,7 +42,7 @@ class Row:
     def needs(self):
         if self.kind=='reference': return ''
         if self.repairs: return 'unlabelled inputs'
-        return 'labels to choose a factor by' if len(self.scales)>1 else 'weights'
+        return 'rows to choose a factor by' if len(self.scales)>1 else 'weights'
 
     def follows(self, row):
         "Whether it is another one with one more repair"
@@ -56,6 +56,7 @@ _factors = .3, .5, .7, .9, 1.1
 def comparison(
     n:int, # How many experts
     normed:bool=False, # Whether they have BatchNorm layers
+    headed:bool=True, # Whether each has a head of its own
 ) -> list: # Of `Row`, the ones to know first in front
     "What is compared"
     snr = [k for k,r in rules.items() if r.kind=='layer' and r.asks('hi') and (n==2 or not r.two_only)]
@@ -68,6 +69,7 @@ def comparison(
         Row('average, layers matched', 'repair', 'standard', repairs=('match',)),
         Row('ridge mean, layers matched', **ridge, repairs=('match',)),
         Row('ridge mean, matched, heads refitted', **ridge, repairs=('match','refit'))]
+    if not headed: repaired = [o for o in repaired if 'refit' not in o.repairs]
     others = [Row(f'control: {k}', 'control', control=k) for k in controls]
     field = [Row('TIES', 'merge', 'ties', costs=4), Row('TSV-M', 'merge', 'tsv_m', costs=12),
         Row('Iso-C', 'merge', 'iso_c', costs=8), *[Row('SLERP', 'merge', 'slerp', costs=3)]*(n==2)]
@@ -86,7 +88,7 @@ def one_of_each(
 class Bench:
     "Experts and their data, and what is known of merges of them"
     def __init__(self,
-        experts, # `Classifiers`
+        experts, # `Classifiers`, `Speakers`
         seed:int, # Of random controls
         cache=None, # Folder for answers; by default `cache_dir`
     ):
@@ -198,27 +200,20 @@ def stands(self:Bench, row):
     return bool(row.strategy) and all(self.file(self.what(row, s), 'tune').exists() for s in row.scales)
 
 @patch
-def accuracy(self:Bench, row, scale=None):
-    "`{task: accuracy}` on the rows to choose by"
-    found = self.answers(row, 'tune', scale)
-    return {t: float((o==self.data[t].truth('tune')).mean()) for t,o in found.items()}
+def scores(self:Bench, row, scale=None):
+    "`{task: score}` on the rows to choose by"
+    return {t: self.experts.score(t, o, 'tune') for t,o in self.answers(row, 'tune', scale).items()}
 
 @patch
 def share(self:Bench, row, scale=None):
-    "Mean over tasks of the experts' accuracy on the rows to choose by"
-    mine,own = self.accuracy(row, scale),self.accuracy(experts)
-    return float(np.mean([mine[t]/own[t] if own[t] else np.nan for t in self.judged]))
+    "Mean over tasks of what a row keeps of the experts on the rows to choose by"
+    mine,own,start = self.scores(row, scale),self.scores(experts),self.scores(base)
+    return float(np.mean([self.experts.kept(mine[t], own[t], start[t]) for t in self.judged]))
 
 @patch
 def doubts(self:Bench):
-    "Sentences on experts that know less than nothing"
-    res = []
-    for t,own in self.accuracy(experts).items():
-        most = float(np.bincount(self.data[t].truth('tune')).max()/len(self.data[t].truth('tune')))
-        if own<=most: res.append(f"{t}: the expert is right on {own:.3f} of the rows to choose by, its "
-            f"commonest class is {most:.3f} of them: its labels may differ from the table's, or the column "
-            "may be wrong (--label, --text)")
-    return res
+    "Sentences on experts that know nothing. Raises `ValueError` where nothing is left to compare"
+    return self.experts.doubts(*(self.answers(o, 'tune') for o in (experts, base)))
 
 # %% ../nbs/74_candidates.ipynb #f3w00004
 @patch

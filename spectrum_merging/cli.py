@@ -299,11 +299,11 @@ def _columns(given):
 
 @command('spectrum-compare mood=mood/ topic=topic/ --base base/ --data mood=mood.csv topic=topic.jsonl --budget 10m --out compared/', spread=True)
 def compare_cli(
-    models:Annotated[str, "Classifiers that were fine-tuned from one base, each NAME=FOLDER, or NAME=FILE with --arch", dict(nargs='+')],
+    models:Annotated[str, "Classifiers or causal language models that were fine-tuned from one base, each NAME=FOLDER, or NAME=FILE with --arch", dict(nargs='+')],
     base:Annotated[str, "The model that they were fine-tuned from", dict(opt=True, required=True)],
-    data:Annotated[str, "Labelled texts or images, each NAME=FILE (.csv, .tsv, .jsonl, .json, .parquet) or NAME=FOLDER of images", dict(opt=True, required=True, nargs='+')],
+    data:Annotated[str, "Texts or images, with labels for classifiers, each NAME=FILE (.csv, .tsv, .jsonl, .json, .parquet) or NAME=FOLDER of images", dict(opt=True, required=True, nargs='+')],
     out:Annotated[str, "New folder for table, figure, report and the best merge", dict(opt=True, required=True)],
-    text:Annotated[str, "Column of texts or images, one for all or NAME=COLUMN each; guessed by default", dict(nargs='+')]=None,
+    text:Annotated[str, "Column of texts or images, one for all or NAME=COLUMN each, two with a comma (prompt,answer); guessed by default", dict(nargs='+')]=None,
     label:Annotated[str, "Column of labels, likewise", dict(nargs='+')]=None,
     unlabelled:Annotated[str, "Tasks whose data have no labels: for repairs alone, not judged", dict(nargs='+')]=None,
     arch:str=None, # Architecture of torchvision where models are state dicts: resnet18, convnext_tiny, …

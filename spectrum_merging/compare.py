@@ -20,13 +20,14 @@ from .classifiers import Classifiers, check_classifier, check_no_adapter, class_
 from .classifiers import needed_memory, open_networks
 from .files import address, atomic_folder, digest, read_json, write_json
 from .fitted import merge_fitted
-from .judged import chance, commonest, figure, judged, markdown, sentences
+from .judged import figure, markdown, sentences
 from .merge import check_out, load_model, load_task, merge
 from .own_data import own_data
 from .parallel import Bar, free_memory, map_single_threaded, quiet
 from .pieces import await_files, elsewhere
 from .preflight import name_models, preflight, slips
 from .rules import recipe
+from .speakers import Speakers, speak
 
 # %% ../nbs/75_compare.ipynb #0000000c
 def seconds(
@@ -119,14 +120,15 @@ def _checked(out, models, base, data, text, label, unlabelled, arch, size, seed)
     for t,o in models.items(): check_no_adapter(t, o)
     opened,origin = {t: Checkpoint(o) for t,o in models.items()},Checkpoint(base)
     if out: check_out(out, [*opened.values(), origin])
-    for t,o in opened.items(): arch or check_classifier(t, o)
+    spoken = not arch and speak(opened)
+    for t,o in opened.items(): arch or spoken or check_classifier(t, o)
     named,aligned = name_models(opened, origin)
-    networks,notes = open_networks(named, aligned, arch, size)
+    networks,notes = open_networks(named, aligned, arch, size, not spoken)
     def of(o, t): return o.get(t) if isinstance(o, dict) else o
     def table(t):
-        names = None if t in unlabelled else class_names(networks[t])
-        images = networks[t].reads!='input_ids'
-        return own_data(t, data[t], names, text=of(text, t), label=of(label, t), images=images, seed=seed)
+        names = None if spoken or t in unlabelled else class_names(networks[t])
+        how = dict(images=networks[t].reads!='input_ids', spoken=spoken and t not in unlabelled, seed=seed)
+        return own_data(t, data[t], names, text=of(text, t), label=of(label, t), **how)
     tables = {t: table(t) for t in models}
     preflight(named, aligned, out=out)
     notes += slips(named, aligned)
@@ -135,7 +137,7 @@ def _checked(out, models, base, data, text, label, unlabelled, arch, size, seed)
         raise ValueError(f"{len(named)} experts, base and merges take {need/1e9:.2g} GB in memory, "
             f"{free/1e9:.2g} GB are free: end other programs, take fewer or smaller models, or merge on disk "
             "with spectrum-merge")
-    experts = Classifiers(named, aligned, networks, tables)
+    experts = (Speakers if spoken else Classifiers)(named, aligned, networks, tables)
     experts.try_out()
     return experts,notes
 
@@ -292,7 +294,7 @@ def _run(bench, kept, clock, quick, where, say, progress):
     "`_Run` after all that fits"
     for o in candidates.references:
         for part in 'tune','test': bench.answers(o, part)
-    todo = comparison(len(bench.tasks), bench.experts.normed)
+    todo = comparison(len(bench.tasks), bench.experts.normed, bench.experts.headed)
     if quick: todo = one_of_each(todo)
     _ahead(bench, where, clock, todo, progress)
     run = _Run(bench, clock, _forecast(clock, todo, say), say, progress)
@@ -314,8 +316,7 @@ def _write_best(bench, row, scale, folder, report):
     if not row.repairs: merge(plan, e.models, e.base, **how)
     else:
         how |= dict(repairs=row.repairs, networks=e.networks, tokens=e.tokens)
-        inputs = {t: o.unlabelled for t,o in bench.data.items()}
-        on_one_core(lambda: merge_fitted(plan, e.models, e.base, inputs=inputs, **how))
+        on_one_core(lambda: merge_fitted(plan, e.models, e.base, inputs=e.unlabelled, **how))
     return plan
 
 def _prove(bench, row, scale, folder, arch):
@@ -324,19 +325,16 @@ def _prove(bench, row, scale, folder, arch):
     for t in bench.judged:
         if arch: module = bench.experts.networks[t].open(load_task(folder/'merged', t))
         else: module = load_model(folder/'merged', t, dtype=torch.float32)
-        same = float((bench.experts.answers(t, module, 'test')==said[t]).mean())
+        same = bench.experts.same(said[t], bench.experts.answers(t, module, 'test'))
         # bf16 and fp16 experts are repaired in fp32 and written as they were: a few answers may turn
         if same<.97: raise RuntimeError(f"the merged folder answers {t} otherwise than the row {row.name} "
             f"did ({same:.3f} the same): not written")
 
 # %% ../nbs/75_compare.ipynb #00000014
-def _report(five, table, left, data, notes, command):
+def _report(five, table, left, data, notes, command, key):
     "Markdown: sentences, the table, what was left out, what was read"
     shown = table.drop(columns=['p','kind'])
     said = [f'{i+1}. {o}' for i,o in enumerate(five)]
-    key = ("`difference`: accuracy minus that of `average`, over all tested rows, with its 95 % bootstrap "
-        "interval; `p_holm`: exact McNemar test after Holm's correction; shares are of each expert's own "
-        "accuracy, mean and worst task.")
     out = ['## Left out', '', *[f'- {k}: {v}' for k,v in left.items()], ''] if left else []
     read = [f'- {o}' for o in [*(o.said for o in data.values()), *notes]]
     return '\n'.join(['# Comparison of merges', '', *said, '', markdown(shown), '', key, '', *out,
@@ -360,24 +358,20 @@ def _write(bench, run, notes, folder, models, base, given):
     "Everything that a comparison leaves; the table, five sentences"
     done,best = run.done,run.chosen()
     row,_,scale = done[best.name]
-    truth = {t: bench.data[t].truth('test') for t in bench.judged}
-    said = {k: bench.answers(r, 'test', s) for k,(r,_,s) in done.items()}
-    said[chance] = commonest({t: bench.data[t].truth('tune') for t in truth}, truth)
+    said,words = {k: bench.answers(r, 'test', s) for k,(r,_,s) in done.items()},bench.experts.words
     def about(r, share, s):
         setting = '' if s is None else f'λ = {s}'
         return dict(kind=r.kind, needs=r.needs, setting=setting, share_when_chosen=share)
-    about = {k: about(*o) for k,o in done.items()}
-    about[chance] = dict(kind='reference', needs='', setting='', share_when_chosen=np.nan)
-    table,each = judged(said, truth, about)
-    table.attrs['n'] = sum(map(len, truth.values()))
-    five = sentences(table, list(truth), best.name, sum(len(bench.data[t].parts['tune']) for t in truth))
-    report = _report(five, table, run.left, bench.data, notes, _command(row, scale, models, base, given))
+    table,each = bench.experts.tables(said, {k: about(*o) for k,o in done.items()})
+    tuned,table.attrs['n'] = (sum(len(bench.data[t].parts[o]) for t in bench.judged) for o in ('tune','test'))
+    five = sentences(table, bench.judged, best.name, tuned, words)
+    report = _report(five, table, run.left, bench.data, notes, _command(row, scale, models, base, given), words.key)
     plan = _write_best(bench, row, scale, folder, report)
     _prove(bench, row, scale, folder, given['arch'])
     plan.save(folder/'best.plan.csv')
     table.to_csv(folder/'table.csv', index=False)
     each.to_csv(folder/'per_task.csv', index=False)
-    figure(table, each).savefig(folder/'figure.png', dpi=110, bbox_inches='tight')
+    figure(table, each, words).savefig(folder/'figure.png', dpi=110, bbox_inches='tight')
     shown = '\n![Differences from the plain average and shares of the experts](figure.png)\n'
     (folder/'report.md').write_text(report+shown, encoding='utf-8')
     write_json(folder/'best.json', dict(row=best.name, strategy=best.strategy, scale=scale,
@@ -389,7 +383,7 @@ def _write(bench, run, notes, folder, models, base, given):
 
 # %% ../nbs/75_compare.ipynb #00000015
 def compare(
-    models:dict, # `{task: folder}` of `…ForSequenceClassification`, `…ForImageClassification`; or of files
+    models:dict, # `{task: folder}` of classifiers of texts or images, or of causal language models; or of files
     base, # The model that they were fine-tuned from: folder or hub id
     data:dict, # `{task: .csv, .tsv, .jsonl, .json, .parquet file, or folder of images}`
     out, # New folder
@@ -419,7 +413,6 @@ def compare(
         if n := experts.cut(t):
             notes.append(f"{t}: {n} texts reach {experts.longest(t)} tokens and are cut there")
     for o in [*(o.said for o in experts.data.values()), *notes]: say(o)
-    for part in 'tune','test': bench.answers(candidates.experts, part)
     for o in bench.doubts():
         notes.append(o)
         say(o)

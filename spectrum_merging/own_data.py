@@ -105,6 +105,9 @@ _most = 500
 # Two thousand rows show differences of two points; more would cost every row of a comparison time.
 _judged = 2000
 
+# A language model answers every word of a text, so fewer texts tell as much, and each costs more.
+_most_spoken,_judged_spoken = 250,500
+
 @dataclass(frozen=True)
 class OwnData:
     "One task's rows"
@@ -154,8 +157,10 @@ def deal(
     keys:list, # The same for inputs that are the same
     labels:np.ndarray, # (n,) −1 without a label
     seed:int=0,
+    most:int=_most, # Rows to choose by, and rows for repairs
+    judged:int=_judged, # Rows to judge on
 ) -> dict: # `{'tune', 'inputs', 'test'}: numbers of rows`
-    "A quarter to choose by, a quarter as inputs (fewer where rows without labels serve), the rest, up to two thousand, to judge on"
+    "A quarter to choose by, a quarter as inputs (fewer where rows without labels serve), the rest, up to `judged`, to judge on"
     groups = {}
     for i,o in enumerate(keys): groups.setdefault(o, []).append(i)
     # where one copy of a text has a label, all of it counts as labelled
@@ -164,9 +169,9 @@ def deal(
     rng = np.random.default_rng(seed)
     free,marked = ([o[i] for i in rng.permutation(len(o))] for o in (free, marked))
     n = sum(map(len, marked))
-    want = dict(tune=min(_most, n//4), inputs=max(0, min(_most, n//4)-len(free)))
-    res = dict(tune=[], inputs=[g[0] for g in free[:_most]], test=[])
-    room = want | dict(test=_judged)
+    want = dict(tune=min(most, n//4), inputs=max(0, min(most, n//4)-len(free)))
+    res = dict(tune=[], inputs=[g[0] for g in free[:most]], test=[])
+    room = want | dict(test=judged)
     for g in marked:
         part = next((k for k,v in room.items() if v>0), None)
         if part is None: break
@@ -175,25 +180,26 @@ def deal(
     return {k: np.array(v, int) for k,v in res.items()}
 
 # %% ../nbs/72_own_data.ipynb #1e212026
-def _enough(task, path, labels, parts):
+def _enough(task, path, labels, parts, spoken):
     "Raise `ValueError` for too few rows, or rows of one class"
     n = int((labels>=0).sum())
-    if n<_fewest: raise ValueError(f"{task}: {path} has {n} rows with an input and a label: {_fewest} are the fewest that can tell anything")
-    if len(np.unique(labels[labels>=0]))<2: raise ValueError(f"{task}: {path} has rows of one class only: pass rows of two or more")
+    what = 'a text' if spoken else 'an input and a label'
+    if n<_fewest: raise ValueError(f"{task}: {path} has {n} rows with {what}: {_fewest} are the fewest that can tell anything")
+    if not spoken and len(np.unique(labels[labels>=0]))<2: raise ValueError(f"{task}: {path} has rows of one class only: pass rows of two or more")
     for k,v in parts.items():
         if len(v)<_fewest//4: raise ValueError(f"{task}: {path} leaves {len(v)} rows for {k}, because inputs repeat: pass more different ones")
 
-def _said(task, path, n, items, twice, labels, parts, columns, others, how):
+def _said(task, path, n, items, twice, labels, parts, columns, others, how, spoken):
     "What was read, in a sentence"
     bare,kept = int((labels<0).sum()),len(items)
     unused = len(items)-sum(map(len, parts.values()))
     what = 'images' if isinstance(items[0], (Path, bytes)) else 'texts'
     return (f"{task}: {n} rows of {Path(path).name}; {what} are column{'s'*(len(columns)>1)} {' and '.join(map(repr, columns))}"
-        + (f", labels {how}" if how else ', no labels: for repairs alone, not judged')
+        + (f", labels {how}" if how else spoken or ', no labels: for repairs alone, not judged')
         + (f"; {', '.join(others)} look like texts, too, and are not read (--text)" if others else '')
         + (f"; {bare} rows without a label" if bare and how else '') + (f"; {n-kept} rows without an input are left out" if n>kept else '')
         + (f"; {twice} repeat another, which stays in the same part" if twice else '')
-        + f"; {len(parts['tune'])} to choose by, {len(parts['inputs'])} for repairs (without their labels), {len(parts['test'])} to judge on"
+        + f"; {len(parts['tune'])} to choose by, {len(parts['inputs'])} for repairs{' (without their labels)'*(not spoken)}, {len(parts['test'])} to judge on"
         + (f"; {unused} more are not used" if unused else ''))
 
 # %% ../nbs/72_own_data.ipynb #f7aed0b4
@@ -205,6 +211,7 @@ def own_data(
     text:str=None, # Column of texts, of a pair with a comma, or of images; by default guessed
     label:str=None, # Column of labels; by default guessed
     images:bool=False, # Whether inputs are images
+    spoken:bool=False, # Whether the words of the texts are what is judged; of two columns those of the second, behind the first
     seed:int=0, # Of the parts
 ) -> OwnData:
     "One task's table. Raises `ValueError`, `OSError`"
@@ -215,6 +222,8 @@ def own_data(
         if c is not None and c not in table and not (what=='text' and ',' in c):
             raise ValueError(f"{task}: {path} has no column {c!r} (--{what}); it has {', '.join(map(str, list(table)[:12]))}")
     if text is not None and text==label: raise ValueError(f"{task}: --text and --label both name the column {text!r}: name two")
+    if spoken and label is not None: raise ValueError(f"{task}: --label names {label!r}, and a language model is judged by its texts' own words: "
+        "leave it out, or name it behind the texts (--text prompt,answer) to judge its words alone")
     if names is not None:
         y,labels,how = label_column(table, names, f'{task}: {path}', label, [text, *(text or '').split(',')])
         how = f"{y!r} ({how} of the expert's classes)"
@@ -222,11 +231,14 @@ def own_data(
     items = column_items(table, columns, path, images)
     kept = [i for i,o in enumerate(items) if o is not None]
     items,labels = [items[i] for i in kept],labels[kept]
-    keys = [*map(content, items)]
-    parts = deal(keys, labels, seed)
+    keys,counted,few = [*map(content, items)],'',{}
+    if spoken:
+        labels,few = np.zeros(len(items), int),dict(most=_most_spoken, judged=_judged_spoken)
+        counted = ', of which every word counts' if len(columns)==1 else f', of which the words of {columns[1]!r} count, behind those of {columns[0]!r}'
+    parts = deal(keys, labels, seed, **few)
     if images: _check_images(task, path, items, kept, {*np.concatenate([*parts.values()]).tolist()})
-    if names is not None: _enough(task, path, labels, parts)
+    if names is not None or spoken: _enough(task, path, labels, parts, spoken)
     elif len(parts['inputs'])<_fewest//4: raise ValueError(f"{task}: {path} has {len(parts['inputs'])} different inputs: {_fewest//4} are the fewest")
-    said = _said(task, path, n, items, len(keys)-len(set(keys)), labels, parts, columns, others, how)
+    said = _said(task, path, n, items, len(keys)-len(set(keys)), labels, parts, columns, others, how, counted)
     key = digest(keys, {k: v.tolist() for k,v in parts.items()})
     return OwnData(task, path, ','.join(map(str, columns)), items, labels, parts, said, key)
