@@ -2909,6 +2909,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'spectrum_merging/speakers.py'),
                                            'spectrum_merging.speakers.Speakers.unlabelled': ( 'speakers.html#speakers.unlabelled',
                                                                                               'spectrum_merging/speakers.py'),
+                                           'spectrum_merging.speakers._batch': ('speakers.html#_batch', 'spectrum_merging/speakers.py'),
                                            'spectrum_merging.speakers._gain': ('speakers.html#_gain', 'spectrum_merging/speakers.py'),
                                            'spectrum_merging.speakers._n_answer': ( 'speakers.html#_n_answer',
                                                                                     'spectrum_merging/speakers.py'),

@@ -257,7 +257,7 @@ class Classifiers:
         "`{task: batches}` of unlabelled inputs, for repairs"
         return {t: batches_of(o, self.unlabelled[t], self.tokens) for t,o in self.networks.items()}
 
-# %% ../nbs/73_classifiers.ipynb #0000000a
+# %% ../nbs/73_classifiers.ipynb #00000c09
 @patch
 def on_base(self:Classifiers, task):
     "The base's body under the expert's head"
@@ -265,6 +265,7 @@ def on_base(self:Classifiers, task):
     ck = self.models[task]
     return self.networks[task].open({k: ck.read(k) for k in ck} | {k: self.base.read(k) for k in body})
 
+# %% ../nbs/73_classifiers.ipynb #0000000a
 @patch
 def longest(self:Classifiers, task):
     "Tokens that a text may have"

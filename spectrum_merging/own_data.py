@@ -227,7 +227,7 @@ def own_data(
     if names is not None:
         y,labels,how = label_column(table, names, f'{task}: {path}', label, [text, *(text or '').split(',')])
         how = f"{y!r} ({how} of the expert's classes)"
-    columns,others = input_columns(table, f'{task}: {path}', text, [y], images)
+    columns,others = input_columns(table, f'{task}: {path}', text, [y], images, spoken)
     items = column_items(table, columns, path, images)
     kept = [i for i,o in enumerate(items) if o is not None]
     items,labels = [items[i] for i in kept],labels[kept]

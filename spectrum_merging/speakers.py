@@ -8,7 +8,7 @@ Docs: nbs/73_speakers.ipynb"""
 __all__ = ['speak', 'whole', 'counted_rows', 'losses', 'Speakers']
 
 # %% ../nbs/73_speakers.ipynb #5bea0003
-import numpy as np, torch
+import inspect, numpy as np, torch
 from dataclasses import replace
 from fastcore.basics import patch
 from functools import cached_property, partial
@@ -65,15 +65,16 @@ def counted_rows(
 
 # %% ../nbs/73_speakers.ipynb #5bea0008
 def losses(
-    z, # (b, t, v) logits
+    z, # (b, t, v) logits, or those of the last tokens alone
     x:dict, # Their batch
     n, # (b,) how many of the last tokens of each text count
 ) -> np.ndarray: # (b,) nats
     "Summed loss of each text's tokens that count"
     ends,spot = x['attention_mask'].sum(1)[:,None],torch.arange(x['input_ids'].shape[1])
-    counts = ((spot>=ends-torch.as_tensor(n)[:,None]) & (spot<ends))[:,1:]
+    first = len(spot)-z.shape[1]+1
+    counts = ((spot>=ends-torch.as_tensor(n)[:,None]) & (spot<ends))[:,first:]
     res = torch.zeros(counts.shape, dtype=torch.float64)
-    res[counts] = cross_entropy(z[:,:-1][counts].float(), x['input_ids'][:,1:][counts], reduction='none').double()
+    res[counts] = cross_entropy(z[:,:-1][counts].float(), x['input_ids'][:,first:][counts], reduction='none').double()
     return res.sum(1).numpy()
 
 # %% ../nbs/73_speakers.ipynb #5bea000c
@@ -107,6 +108,13 @@ class Speakers(Classifiers):
         return self.rows_of[task, part]
 
 # %% ../nbs/73_speakers.ipynb #5bea000d
+# Texts in a batch, as many as classifiers are asked at a time
+_size = 64
+
+def _batch(network, rows, keep):
+    "A batch of which only the last logits are asked for; networks that cannot leave out others give them all"
+    return padded(network, rows) | dict(logits_to_keep=keep)
+
 @patch
 def cut(self:Speakers, task):
     "How many texts are longer than what is read of them"
@@ -117,15 +125,18 @@ def cut(self:Speakers, task):
 def _made(self:Speakers, task, part):
     "`(numbers of rows, what makes their batch)`; texts of which nothing counts are not asked"
     net,(rows,n) = self.networks[task],self.rows(task, part)
-    order = [i for i in sorted(range(len(rows)), key=lambda i: -len(rows[i]['input_ids'])) if n[i]]
-    words,parts = net.config.get_text_config().vocab_size,[]
+    length,short = np.array([len(o['input_ids']) for o in rows]),'logits_to_keep' in inspect.signature(net.kind.forward).parameters
+    order,words,parts = [i for i in np.argsort(-length, kind='stable').tolist() if n[i]],net.config.get_text_config().vocab_size,[]
     while order:
-        size = max(1, _numbers//(words*len(rows[order[0]]['input_ids'])))
-        # as many as classifiers are asked at a time
-        ix,order = order[:min(size, 64)],order[min(size, 64):]
-        parts.append((ix, partial(padded, net, [rows[i] for i in ix])))
+        ix,long = np.array(order[:_size]),length[order[0]]
+        # how many of the last places are needed where answers are short
+        keep = np.maximum.accumulate(long-length[ix]+n[ix]+1 if short else np.full(len(ix), long))
+        size = max(1, int((keep*np.arange(1, len(keep)+1)*words<=_numbers).sum()))
+        ix,order = order[:size],order[size:]
+        parts.append((ix, partial(_batch, net, [rows[i] for i in ix], int(keep[size-1]))))
     return parts
 
+# %% ../nbs/73_speakers.ipynb #5bea00d2
 @patch
 def understood(self:Speakers, task, part, ix, x, z):
     "Summed loss of each text"

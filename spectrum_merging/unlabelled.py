@@ -137,6 +137,9 @@ _usual = ('text','sentence','content','review','comment','tweet','utterance','me
     'prompt','document','article','abstract')
 _pairs = ('sentence1','sentence2'),('premise','hypothesis'),('question1','question2'),('question','sentence'),('text1','text2')
 
+# What a language model is given, and what it is to say
+_answered = tuple((a, b) for a in ('prompt','instruction','question','input','source') for b in ('completion','answer','response','output','target'))
+
 # Texts have more words than names of things, and seldom come twice.
 _words,_distinct = 2,.3
 
@@ -185,6 +188,7 @@ def input_columns(
     asked:str=None, # What the user said: a column, or two with a comma between them
     taken=(), # Columns that hold something else
     images:bool=False, # Whether images are looked for, not texts
+    spoken:bool=False, # Whether a pair is a prompt and its answer
 ) -> tuple: # Names, one or two; others that look like inputs, too
     "Which columns hold the inputs. Raises `ValueError`"
     fits,what = (_is_image, 'images') if images else (_is_text, 'texts')
@@ -194,8 +198,10 @@ def input_columns(
     if images:
         if len(found)==1: return list(found.values()),[]
         raise ValueError(f"{path} has {len(found) or 'no'} column{'s'*(len(found)!=1)} of images ({all_}): say which with text= (--text)")
-    if pair := next((o for o in _pairs if {*o}<={*found}), None): return [found[o] for o in pair],[]
     size = {k: _n_words(table[k]) for k in found.values()}
+    if pair := next((o for o in (_answered if spoken else _pairs) if {*o}<={*found}), None):
+        pair = [found[o] for o in pair]
+        return pair,[k for k in size if spoken and k not in pair and size[k]>=_words]
     wordy = [k for k in size if size[k]>=_words]
     like = [k for k in wordy if len(wordy)==1 or len(set(table[k]))>=_distinct*len(table[k])]
     like = sorted(like, key=lambda k: -size[k])
