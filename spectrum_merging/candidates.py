@@ -18,7 +18,7 @@ from pathlib import Path
 from torch.nn.modules.module import register_module_forward_pre_hook
 from . import __version__, fitted
 from .evaluate import control_scans, controls
-from .files import atomic, cache_dir, digest
+from .files import atomic, cache_dir, digest, known_sha256
 from .judged import ideal, plain
 from .merge import merge, task_state
 from .parallel import map_single_threaded
@@ -31,8 +31,8 @@ from .scan import scan
 class Row:
     "One merge of a comparison"
     name:str # In tables
-    kind:str # 'reference', 'merge', 'SNR', 'repair' or 'control'
-    strategy:str='' # 'tsv_m'; '' for references
+    kind:str # 'reference', 'elsewhere', 'merge', 'SNR', 'repair' or 'control'
+    strategy:str='' # 'tsv_m'; '' for references and what was made elsewhere
     scales:tuple=(None,) # Factors of updates to choose among
     repairs:tuple=() # 'match', 'refit', 'batchnorm', 'channels'
     control:str='' # One of `controls`
@@ -40,7 +40,7 @@ class Row:
 
     @property
     def needs(self):
-        if self.kind=='reference': return ''
+        if self.kind in ('reference','elsewhere'): return ''
         if self.repairs: return 'unlabelled inputs'
         return 'rows to choose a factor by' if len(self.scales)>1 else 'weights'
 
@@ -176,15 +176,17 @@ def stored(self:Bench, what, part, make):
 def what(self:Bench, row, scale=None):
     "All that a row's weights depend on beside experts and texts; JSON"
     if row.kind=='reference': return [row.name]
+    if row.kind=='elsewhere': return [row.kind, sorted(known_sha256(self.experts.also[row.name].files).values())]
     repairs = [[o, recipe(o).version] for o in row.repairs]
     return [row.strategy, recipe(row.strategy).version, row.control, scale, repairs]
 
 @patch
 def answers(self:Bench, row, part, scale=None):
-    "`{task: classes}` of a row"
+    "`{task: answers}` of a row"
+    e = self.experts
     def make():
-        if row.name==ideal: return self.experts.experts
-        if row.kind=='reference': return {t: self.experts.on_base(t) for t in self.tasks}
+        if row.name==ideal: return e.experts
+        if other := {base.name: e.base, **e.also}.get(row.name): return {t: e.on(t, other) for t in self.tasks}
         return self.merged(row, scale, row.repairs)
     return self.stored(self.what(row, scale), part, make)
 
@@ -197,7 +199,7 @@ def seconds(self:Bench, row):
 @patch
 def stands(self:Bench, row):
     "Whether all of a row is stored already, but for what was chosen"
-    return bool(row.strategy) and all(self.file(self.what(row, s), 'tune').exists() for s in row.scales)
+    return bool(row.strategy or row.kind=='elsewhere') and all(self.file(self.what(row, s), 'tune').exists() for s in row.scales)
 
 @patch
 def scores(self:Bench, row, scale=None):

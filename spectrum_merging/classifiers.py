@@ -221,7 +221,7 @@ class Classifiers:
         data:dict, # `{task: OwnData}`
     ):
         "Raises `ValueError`"
-        self.models,self.base,self.networks,self.data,self.found = models,base,networks,data,{}
+        self.models,self.base,self.networks,self.data,self.found,self.also = models,base,networks,data,{},{}
         self.units = preflight(models, base)
         own = self.units.index[self.units.role=='head']
         self.heads = list(dict.fromkeys(k.rpartition('.')[0] for k in own)) # in the files
@@ -259,11 +259,21 @@ class Classifiers:
 
 # %% ../nbs/73_classifiers.ipynb #00000c09
 @patch
-def on_base(self:Classifiers, task):
-    "The base's body under the expert's head"
-    body = [k for k in self.units.index[self.units.role!='head'] if k in self.base]
+def on(self:Classifiers, task, other):
+    "The body of another `Checkpoint`, the base for instance, under the expert's head"
+    body = [k for k in self.units.index[self.units.role!='head'] if k in other]
     ck = self.models[task]
-    return self.networks[task].open({k: ck.read(k) for k in ck} | {k: self.base.read(k) for k in body})
+    return self.networks[task].open({k: ck.read(k) for k in ck} | {k: other.read(k) for k in body})
+
+@patch
+def take_in(self:Classifiers, also):
+    "Have `{name: Checkpoint}` of merges that were made elsewhere judged, too. Raises `ValueError` for other networks"
+    for name,o in also.items():
+        for k in self.units.index[self.units.role!='head']:
+            want,found = (tuple(ck.infos[k].shape) if k in ck else None for ck in (self.base, o))
+            if want and found!=want: raise ValueError(f"{name}: {o.label} {f'has {k} of {found}, not {want}' if found else f'lacks {k}'}: "
+                "--also takes whole models with the shapes and names of the experts")
+    self.also = also
 
 # %% ../nbs/73_classifiers.ipynb #0000000a
 @patch

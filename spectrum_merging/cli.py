@@ -45,7 +45,7 @@ class _List(Action):
         for title,kind in (('--strategy: what each layer takes', 'layer'), ('--strategy: operations on matrices', 'matrix'),
                 ('--estimator: where noise ends', 'estimator')):
             print(title)
-            for text,said in rule_lines(kind): print(f'  {text:42} {said}')
+            for text,said in rule_lines(kind): print(f"  {text:42} {said}")
         parser.exit()
 
 _strategy,_estimator,_repair = Chosen(_read_strategy, _strategies, ''),Chosen(_read_estimator, _estimators, ''),Chosen(_read_repair)
@@ -65,8 +65,7 @@ def scan_cli(
     if out and os.path.lexists(out): raise FileExistsError(f"{out} exists: choose another name")
     from spectrum_merging.edges import default_estimator
     from spectrum_merging.scan import scan
-    df = scan(model, base, estimator=estimator or default_estimator, of=of, n_workers=workers,
-        device=device, progress=bars())
+    df = scan(model, base, estimator=estimator or default_estimator, of=of, n_workers=workers, device=device, progress=bars())
     for o in df.attrs['notes']: say(o, sys.stderr)
     if out: df.to_csv(out, index=False)
     else: print(df.drop(columns=['unit','estimator','of']).to_string(index=False, float_format='{:.4g}'.format))
@@ -79,8 +78,7 @@ def _named(models):
     named = [bool(eq and re.fullmatch(r'[\w.+-]+', name)) and not os.path.exists(o) for o,(name,eq,_) in zip(models, pairs)]
     if not any(named): return list(models)
     if not all(named): raise ValueError(f"name all models or none: {', '.join(models)}")
-    if len({o[0] for o in pairs})<len(pairs):
-        raise ValueError(f"two models have the same name: {', '.join(models)}")
+    if len({o[0] for o in pairs})<len(pairs): raise ValueError(f"two models have the same name: {', '.join(models)}")
     return {name: path for name,_,path in pairs}
 
 def _by_task(given, what):
@@ -203,7 +201,7 @@ def merge_cli(
     workers:int=None, # Threads; by default one per core
     scale:float=None, # λ of strategies that add updates to the base: task_arithmetic, tsv_m, …
     as_adapter:bool=False, # Write a PEFT LoRA of the merged update instead of a model
-    repair:Annotated[str, "Repairs of the result on unlabelled inputs, in order: match, heads, batchnorm, repair, 'match(ridge=0.1)'",
+    repair:Annotated[str, "Repairs of the result on unlabelled inputs, in order: match, heads, distil, batchnorm, repair, 'match(ridge=0.1)'",
         dict(nargs='+')]=None,
     inputs:Annotated[str, "Unlabelled inputs of each model, NAME=FILE (csv, tsv, json, jsonl, parquet, txt) or a folder of images", dict(nargs='+')]=None,
     text:Annotated[str, "Column of the texts, for all or NAME=COLUMN; guessed by default", dict(nargs='+')]=None,
@@ -311,20 +309,22 @@ def compare_cli(
     budget:str='10m', # Time until all is written: 10m, 90s, 1h; what does not fit is left out and named
     seed:int=0, # Of the parts that each table is dealt into
     quick:bool=False, # One merge of each kind and one control, instead of all
+    also:Annotated[str, "Merges made elsewhere, mergekit's for instance, each NAME=FOLDER, judged with the rest", dict(nargs='+')]=None,
 ):
     "Merge your models in many ways, repair, judge on your data, write what was found and the best merge; rerun to continue"
     began = time.perf_counter()
     with usage():
         models,data = _named(models),_named(data)
-        for what,o in dict(models=models, data=data).items():
-            if not isinstance(o, dict): raise CliError(f"{what} {', '.join(o)}: name each task, for instance mood={o[0]}")
+        also = _named(also) if also else {}
+        for what,o in dict(models=models, data=data, also=also).items():
+            if not isinstance(o, dict): raise CliError(f"{what} {', '.join(o)}: name each{' task'*(what!='also')}, for instance mood={o[0]}")
         columns = dict(text=_columns(text), label=_columns(label))
     from spectrum_merging.merge import check_out
     out = os.path.normpath(out)
     check_out(out) # before what takes seconds to import
     from spectrum_merging.compare import compare, seconds
     with usage(): seconds(budget)
-    how = dict(unlabelled=tuple(unlabelled or ()), arch=arch, size=size, quick=quick, budget=budget, began=began, seed=seed)
+    how = dict(unlabelled=tuple(unlabelled or ()), arch=arch, size=size, quick=quick, also=also, budget=budget, began=began, seed=seed)
     try: compare(models, base, data, out, **columns, **how, say=say, progress=bars())
     except KeyboardInterrupt: stop("interrupted; the same command continues where it stopped")
     say(f"report, table, figure and the best merge are in {out}; {'load_task' if arch else 'load_model'}('{out}/merged', task) opens it")

@@ -14,7 +14,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
 from . import __version__, candidates
-from .candidates import Bench, TooLate, comparison, on_one_core, one_of_each, until
+from .candidates import Bench, Row, TooLate, comparison, on_one_core, one_of_each, until
 from .checkpoint import Checkpoint
 from .classifiers import Classifiers, check_classifier, check_no_adapter, class_names
 from .classifiers import needed_memory, open_networks
@@ -113,7 +113,16 @@ def _check_names(models, base, data, text, label, unlabelled):
         raise ValueError("no task has labels, so nothing can be judged: label some rows, or repair with "
             "spectrum-merge --repair match --inputs")
 
-def _checked(out, models, base, data, text, label, unlabelled, arch, size, seed):
+# %% ../nbs/75_compare.ipynb #a1500001
+def _named(opened, origin, also):
+    "Experts, base and merges made elsewhere under one set of names. Raises `ValueError`"
+    rows = {o.name for n in (2, 3) for o in comparison(n, True)} | {o.name for o in candidates.references}
+    if odd := [k for k in also if k in {*rows, *opened}]: raise ValueError(f"a merge made elsewhere is called {odd[0]!r}, as a row or a task is: give it another name")
+    for k,o in also.items(): check_no_adapter(k, o)
+    named,aligned = name_models(opened | {k: Checkpoint(o) for k,o in also.items()}, origin)
+    return {t: named[t] for t in opened},aligned,{k: named[k] for k in also}
+
+def _checked(out, models, base, data, text, label, unlabelled, arch, size, also, seed):
     "Experts and their data, sentences. Raises before any work"
     _check_names(models, base, data, text, label, unlabelled)
     if out: check_out(out)
@@ -122,7 +131,7 @@ def _checked(out, models, base, data, text, label, unlabelled, arch, size, seed)
     if out: check_out(out, [*opened.values(), origin])
     spoken = not arch and speak(opened)
     for t,o in opened.items(): arch or spoken or check_classifier(t, o)
-    named,aligned = name_models(opened, origin)
+    named,aligned,also = _named(opened, origin, also)
     networks,notes = open_networks(named, aligned, arch, size, not spoken)
     def of(o, t): return o.get(t) if isinstance(o, dict) else o
     def table(t):
@@ -138,6 +147,7 @@ def _checked(out, models, base, data, text, label, unlabelled, arch, size, seed)
             f"{free/1e9:.2g} GB are free: end other programs, take fewer or smaller models, or merge on disk "
             "with spectrum-merge")
     experts = (Speakers if spoken else Classifiers)(named, aligned, networks, tables)
+    experts.take_in(also)
     experts.try_out()
     return experts,notes
 
@@ -266,6 +276,7 @@ def _store(where, key, cache, end, piece):
 def _addresses(models, base, data, seed, **how):
     "All that a comparison is of, as JSON. Raises `ValueError`"
     def at(o): return {t: address(v, f'the expert or table of {t}') for t,v in o.items()}
+    how['also'] = at(how['also'])
     return json.dumps([dict(models=at(models), base=address(base, 'the base'), data=at(data)) | how, seed])
 
 # %% ../nbs/75_compare.ipynb #c1us7502
@@ -296,6 +307,7 @@ def _run(bench, kept, clock, quick, where, say, progress):
         for part in 'tune','test': bench.answers(o, part)
     todo = comparison(len(bench.tasks), bench.experts.normed, bench.experts.headed)
     if quick: todo = one_of_each(todo)
+    todo = [Row(k, 'elsewhere') for k in bench.experts.also]+todo
     _ahead(bench, where, clock, todo, progress)
     run = _Run(bench, clock, _forecast(clock, todo, say), say, progress)
     kept.begin()
@@ -347,7 +359,7 @@ def _command(row, scale, models, base, given):
         def said(o):
             if isinstance(o, dict): return ' '.join(f'{t}={v}' for t,v in o.items())
             return ' '.join(o) if isinstance(o, (list, tuple)) else o
-        more = ' '.join(f'--{k}' if o is True else f'--{k} {said(o)}' for k,o in given.items() if o not in (None, ()))
+        more = ' '.join(f'--{k}' if o is True else f'--{k} {said(o)}' for k,o in given.items() if o not in (None, (), {}))
         return f'spectrum-compare {named}{origin} {more} --out …'
     factor,rule = '' if scale is None else f' --scale {scale}',recipe(row.strategy).rule
     if not (rule.base or factor or rule.asks('snr')): origin = ''
@@ -393,6 +405,7 @@ def compare(
     unlabelled=(), # Tasks whose data have no labels: repairs see them, nobody judges them
     arch:str=None, # Architecture of `torchvision` where models are state dicts: 'resnet18'
     size:int=None, # Pixels of an image's side, with `arch`
+    also=None, # `{name: folder}` of merges that were made elsewhere, mergekit's for instance, to be judged with the rest
     quick:bool=False, # The first row of each kind, instead of all
     budget='10m', # Time until all is written: '10m', '90s', or seconds
     began:float=None, # `time.perf_counter()` when the budget began; by default now
@@ -403,7 +416,7 @@ def compare(
     "Merge, repair, judge, write. Raises `ValueError`, `OSError` before any work"
     clock = time.perf_counter() if began is None else began
     budget,out = seconds(budget),Path(out).expanduser()
-    how = dict(text=text, label=label, unlabelled=unlabelled, arch=arch, size=size)
+    how = dict(text=text, label=label, unlabelled=unlabelled, arch=arch, size=size, also=also or {})
     experts,notes = _checked(out, models, base, data, **how, seed=seed)
     where = _addresses(models, base, data, seed, **how) if elsewhere() else None
     bench = Bench(experts, seed)

@@ -205,7 +205,7 @@ def markdown(
     lines = [list(df.columns), ['---']*len(df.columns), *[[cell(v) for v in r] for r in df.itertuples(index=False)]]
     return '\n'.join(f"| {' | '.join(o)} |" for o in lines)
 
-_colours = dict(reference='0.35', merge='tab:blue', SNR='tab:orange', repair='tab:green', control='tab:red')
+_colours = dict(reference='0.35', elsewhere='tab:purple', merge='tab:blue', SNR='tab:orange', repair='tab:green', control='tab:red')
 
 def _differences(ax, table, words):
     "Each row's difference from the average with its interval; filled where it is significant"

@@ -123,6 +123,20 @@ def test_nothing_differs(close, home):
     assert verify(home/'out'/'merged', all=True).ok.all()
     assert load_model(home/'out'/'merged', 'topic').config.id2label[4]=='art'
 
+def test_made_elsewhere(apart, home):
+    "A body that another tool averaged, with one task's head, is asked under each expert's own"
+    models,base,data = apart
+    with quiet(): a,b = (AutoModelForSequenceClassification.from_pretrained(o) for o in models.values())
+    with torch.no_grad():
+        for p,q in zip(a.base_model.parameters(), b.base_model.parameters()): p.copy_((p+q)/2)
+    a.save_pretrained(home/'theirs')
+    table = compare(models, base, data, home/'also', quick=True, also=dict(theirs=home/'theirs'), say=lambda o: None).set_index('row')
+    assert table.loc['theirs', ['mood','topic']].equals(table.loc['average', ['mood','topic']])
+    done = subprocess.run([sys.executable, '-c', 'import sys; from spectrum_merging.cli import compare_cli; sys.exit(compare_cli())',
+        *[f'{t}={o}' for t,o in models.items()], '--base', str(base), '--data', *[f'{t}={o}' for t,o in data.items()], '--quick',
+        '--also', str(home/'theirs'), '--out', str(home/'unnamed')], capture_output=True, text=True)
+    assert done.returncode==2 and 'name each, for instance' in done.stderr
+
 def test_averaging_fails(apart, home):
     "The report says so; what repairs do is significant"
     table = compare(*apart, home/'fails', say=lambda o: None).set_index('row')

@@ -142,6 +142,28 @@ def test_nothing_differs(home):
     assert abs(table.mean_share['average']-1)<1e-4 and 'Plain averaging cannot be told from the experts' in report
     assert table.p_holm['base']<.01 and 'test of random signs' in report
 
+def averaged(folders, out):
+    "What another tool makes of two models: the mean of all tensors"
+    models = [AutoModelForCausalLM.from_pretrained(o) for o in folders]
+    with torch.no_grad(), quiet():
+        for p,*rest in zip(*(m.parameters() for m in models)): p.copy_(torch.stack([p, *rest]).mean(0))
+        models[0].save_pretrained(out)
+    return out
+
+def test_made_elsewhere(made, home):
+    "Another tool's average is judged as ours is, and named among what differs where another folder does"
+    models,base,data = made['llama']
+    theirs = averaged(models.values(), home/'theirs')
+    also = dict(theirs=theirs, twice=models['walk'])
+    table = compare(models, base, data, home/'also', quick=True, also=also, say=lambda o: None, **answers).set_index('row')
+    assert np.allclose(table.loc['theirs', ['walk','mood']].astype(float), table.loc['average', ['walk','mood']].astype(float), atol=1e-5)
+    assert np.isclose(table.walk['twice'], table.walk['experts']) and table.kind['theirs']=='elsewhere'
+    report = (home/'also/report.md').read_text()
+    assert 'twice (' in next(o for o in report.splitlines() if o.startswith('3. ')) and f'--also theirs={theirs} twice=' in report
+    bad("is called 'average'", made['llama'], home, also=dict(average=theirs))
+    bad('wide: .* not|wide: .*lacks', made['llama'], home, also=dict(wide=made['gpt2'][0]['walk']))
+    with pytest.raises(FileNotFoundError): compare(models, base, data, home/'never', also=dict(gone=home/'gone'), say=lambda o: None, **answers)
+
 def test_goes_on(made, home):
     "What was answered is not asked again"
     models,base,data = made['gpt2']
