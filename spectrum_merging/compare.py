@@ -20,7 +20,7 @@ from .classifiers import Classifiers, check_classifier, check_no_adapter, class_
 from .classifiers import needed_memory, open_networks
 from .files import address, atomic_folder, digest, read_json, write_json
 from .fitted import merge_fitted
-from .judged import figure, markdown, sentences
+from .judged import chance, figure, markdown, sentences
 from .merge import check_out, load_model, load_task, merge
 from .own_data import own_data
 from .parallel import Bar, free_memory, map_single_threaded, quiet
@@ -116,7 +116,7 @@ def _check_names(models, base, data, text, label, unlabelled):
 # %% ../nbs/75_compare.ipynb #a1500001
 def _named(opened, origin, also):
     "Experts, base and merges made elsewhere under one set of names. Raises `ValueError`"
-    rows = {o.name for n in (2, 3) for o in comparison(n, True)} | {o.name for o in candidates.references}
+    rows = {o.name for n in (2, 3) for o in comparison(n, True)} | {o.name for o in candidates.references} | {chance}
     if odd := [k for k in also if k in {*rows, *opened}]: raise ValueError(f"a merge made elsewhere is called {odd[0]!r}, as a row or a task is: give it another name")
     for k,o in also.items(): check_no_adapter(k, o)
     named,aligned = name_models(opened | {k: Checkpoint(o) for k,o in also.items()}, origin)

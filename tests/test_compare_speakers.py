@@ -7,7 +7,7 @@ from transformers import (AutoModelForCausalLM, BertConfig, BertLMHeadModel, GPT
 from spectrum_merging.compare import compare
 from spectrum_merging.merge import load_model
 from spectrum_merging.parallel import quiet
-from spectrum_merging.speakers import counted_rows, whole
+from spectrum_merging.speakers import counted_rows, shortened, whole
 from spectrum_merging.verify import verify
 
 plants = 'oak elm fir ash yew bay fig ivy'.split()
@@ -223,6 +223,8 @@ def test_counted():
     rows,n = counted_rows(Net, ['oak hums in', ('oak hums which :', 'glad calm')], 4)
     assert [len(o['input_ids']) for o in rows]==[4, 4] and n.tolist()==[3, 2]
     assert [words[i] for i in rows[1]['input_ids']]==['which',':','glad','calm']
+    assert shortened(Net, ('oak hums which :', 'glad calm'), 4)==': glad calm' and shortened(Net, 'oak hums in on by', 4)=='oak hums in on by'
+    assert shortened(Net, ('oak hums which :', 'glad'), 9)=='oak hums which : glad'
 
 def test_command(made, home):
     models,base,data = made['granite']
