@@ -164,6 +164,18 @@ def test_made_elsewhere(made, home):
     bad('wide: .* not|wide: .*lacks', made['llama'], home, also=dict(wide=made['gpt2'][0]['walk']))
     with pytest.raises(FileNotFoundError): compare(models, base, data, home/'never', also=dict(gone=home/'gone'), say=lambda o: None, **answers)
 
+def test_half_precision(made, home):
+    "Experts in bf16; one task's texts are for repairs alone, another has texts of one token"
+    models,base,data = made['granite']
+    for t,o in dict(models, base=base).items():
+        with quiet(): AutoModelForCausalLM.from_pretrained(o, dtype=torch.bfloat16).save_pretrained(home/'half'/t)
+        tokenizer(False).save_pretrained(home/'half'/t)
+    pd.DataFrame(dict(line=texts(90, 7)+plants)).to_csv(home/'half/walk.csv', index=False)
+    table = compare({t: home/'half'/t for t in models}, home/'half/base', data | dict(walk=home/'half/walk.csv'), home/'half-out', quick=True,
+        unlabelled=('mood',), say=lambda o: None, **answers).set_index('row')
+    assert 'mood' not in table and table.mean_share['experts']==1 and table.walk.notna().all()
+    assert verify(home/'half-out/merged', all=True).ok.all()
+
 def test_goes_on(made, home):
     "What was answered is not asked again"
     models,base,data = made['gpt2']
