@@ -64,10 +64,10 @@ def refit(models, experts, batches, masks, heads, ridge=.01):
     return match_heads(models, experts, batches, ridge=ridge, masks=masks, heads=heads)
 
 @rule('repair', dict(epochs=Range(1, 1000, 'rounds from 1 to 1000', whole=True), lr=Range(0, 1, 'a learning rate up to 1, for instance 1e-4',
-    above=True)), gives_heads=True, version=2)
-def distil(models, experts, batches, heads, epochs=10, lr=1e-4):
+    above=True)), gives_heads=True, version=3)
+def distil(models, experts, batches, masks, heads, epochs=10, lr=1e-4):
     "Body and heads trained to give the experts' answers (see `distil_answers`)"
-    return distil_answers(models, experts, batches, epochs=epochs, lr=lr, heads=heads)
+    return distil_answers(models, experts, batches, epochs=epochs, lr=lr, heads=heads, masks=masks)
 
 # %% ../nbs/69_chain.ipynb #c0ffee22
 # What people call them in commands

@@ -8,9 +8,9 @@ Docs: nbs/68_distil.ipynb"""
 __all__ = ['answers', 'apart', 'share_body', 'check_answers', 'distil_answers']
 
 # %% ../nbs/68_distil.ipynb #d1000003
-import copy, numpy as np, torch, torch.nn.functional as F
+import copy, numpy as np, torch, torch.nn.functional as F, warnings
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from torch import Tensor, nn
 from .activations import evaluating
 from .batches import at_mask, feed, mask_of, n_inputs, parted, prepared, taken
@@ -134,9 +134,13 @@ def _training(model):
     kind = next(model.parameters()).device.type
     with torch.enable_grad(), torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), False): yield
 
-def _with_heads(models, experts, own, train, heads):
-    "Copies, with heads fitted to the inputs that are trained on, where least squares can fit them"
-    with suppress(ValueError): return match_heads(models, experts, {t: [o[i] for k,i in train if k==t] for t,o in own.items()}, heads=heads)
+def _with_heads(models, experts, own, train, heads, masks):
+    "Copies, with heads fitted to the inputs that are trained on, where least squares can fit them; elsewhere that is said"
+    def of(found): return {t: [o[i] for k,i in train if k==t] for t,o in found.items()}
+    try: return match_heads(models, experts, of(own), heads=heads, masks=masks and of(masks))
+    except ValueError as e:
+        if any(is_head(k, heads) for m in models.values() for k,_ in m.named_parameters()):
+            warnings.warn(f"heads are trained from what they are, least squares cannot fit them: {e}", stacklevel=3)
     return {t: copy.deepcopy(m) for t,m in models.items()}
 
 def _round(loss, params, train, optimiser, rates):
@@ -158,6 +162,7 @@ def distil_answers(
     epochs:int=5, # Rounds over all inputs
     lr:float=1e-4, # Highest learning rate of AdamW
     heads:list=None, # Prefixes of task heads; None goes by the usual names
+    masks:dict=None, # `{task: list of (inputs, positions)}`, bool, for tensors: what is not padding
     progress:Callable=None, # Called with the number of rounds done and their total
 ) -> dict: # `{task: module}`: a body that all share under heads of their own
     "Train body and heads to give the experts' answers, and keep the round that gives them best on inputs set aside; relatives: [ProDistill](https://arxiv.org/abs/2502.12706), [SyMerge](https://arxiv.org/abs/2412.19098). Raises `ValueError`"
@@ -165,8 +170,9 @@ def distil_answers(
         f"{list(experts)}, inputs for {list(batches)}: pass the same tasks in the same order")
     _one_body(merged, heads)
     own = {t: _parts(prepared(o, merged[t])) for t,o in batches.items()}
+    masks = masks and {t: _parts(o) for t,o in masks.items()}
     train,aside = _divided(own)
-    models = share_body({t: m.eval() for t,m in _with_heads(merged, experts, own, train, heads).items()}, heads)
+    models = share_body({t: m.eval() for t,m in _with_heads(merged, experts, own, train, heads, masks).items()}, heads)
     params = _trained(models)
     wanted = _wanted(experts, own)
     def loss(t, i): return apart(answers(models[t], own[t][i]), wanted(t, i), _excluding(models[t]))
