@@ -307,3 +307,38 @@ def test_bootstrap_errors_and_edges():
     assert bootstrap([1]*9, [1]*9, metric='accuracy')==(1., 1., 1.)
     x = np.array([0, 1]*20)
     assert bootstrap(x, x, x)==(0., 0., 0.)
+
+# --- distil
+
+class Bag(nn.Module):
+    "Mean of a text's words, 0 being none, under a body and a head"
+    def __init__(self, seed, classes):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.words,self.body,self.classifier = nn.Embedding(30, 8),nn.Linear(8, 8),nn.Linear(8, classes)
+    def forward(self, x):
+        n = (x>0)[...,None].float()
+        return self.classifier(torch.tanh(self.body((self.words(x)*n).sum(1)/n.sum(1))))
+
+@pytest.mark.parametrize('told', (True, False))
+def test_distil_fits_heads_of_masked_tensors(told):
+    "Batches of tensors of different length, as the laboratory has them: heads are fitted where masks come with them; where they cannot be, that is said"
+    from spectrum_merging.distil import distil_answers
+    from spectrum_merging.match import match_heads
+    with torch.random.fork_rng():
+        experts = dict(a=Bag(0, 3), b=Bag(1, 4))
+        merged = {t: copy.deepcopy(o) for t,o in experts.items()}
+        for t in merged:
+            for k in ('words','body'): getattr(merged[t], k).load_state_dict(getattr(experts['a'], k).state_dict())
+        torch.manual_seed(3)
+        batches = {t: [torch.randint(1, 30, (32, n)) for n in (4, 6, 5, 7, 6)] for t in experts}
+    masks = {t: [x>0 for x in o] for t,o in batches.items()}
+    if not told:
+        with pytest.warns(UserWarning, match='heads are trained from what they are'): distil_answers(merged, experts, batches, epochs=1, lr=1e-12)
+        return
+    found = distil_answers(merged, experts, batches, epochs=1, lr=1e-12, masks=masks)
+    # every fifth part is set aside
+    want = match_heads(merged, experts, {t: o[:4] for t,o in batches.items()}, masks={t: o[:4] for t,o in masks.items()})
+    for t in experts:
+        assert torch.allclose(found[t].classifier.weight, want[t].classifier.weight, atol=1e-6)
+    assert not torch.allclose(found['b'].classifier.weight, merged['b'].classifier.weight, atol=1e-2)
