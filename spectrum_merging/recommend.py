@@ -26,6 +26,7 @@ class Seen:
     worst:float # Of the worst task
     page:str # Where it stands
     moved:float=None # Distance from the base, where it was unusual
+    seeds:int=3 # Of the experts
 
 _vision,_emotion = '01_resnet_vision','02_bert_sst2_emotion'
 _many,_spoken = '07_eight_tasks','08_language_models'
@@ -59,6 +60,11 @@ seen = [
     Seen('encoder', 6, 'standard', (), .4634, .0600, _many),
     Seen('encoder', 6, 'ridge_mean(eps=0.3)', (), .7400, .4089, _many),
     Seen('encoder', 6, 'ridge_mean(eps=0.3)', ('heads',), .9254, .7377, _many),
+    Seen('encoder', 8, 'standard', (), .4997, .1340, _many, seeds=1),
+    Seen('encoder', 8, 'ridge_mean(eps=0.1)', (), .7368, .4076, _many, seeds=1),
+    Seen('encoder', 8, 'ridge_mean(eps=0.1)', ('heads',), .9529, .8955, _many, seeds=1),
+    Seen('encoder', 8, 'ridge_mean(eps=0.1)', ('match(ridge=0.03)','heads'), .9189, .6733, _many, seeds=1),
+    Seen('encoder', 8, 'ridge_mean(eps=0.1)', ('distil(epochs=3)',), .9601, .9144, _many, seeds=1),
     Seen('decoder', 4, 'standard', (), .6913, .3861, _spoken),
     Seen('decoder', 4, 'task_arithmetic', (), .8704, .6776, _spoken),
     Seen('decoder', 4, 'ridge_mean', (), .9857, .9700, _spoken)]
@@ -145,7 +151,7 @@ def recommend(
         'measured without ' + ('inputs' if not inputs else 'a base') + ': a plain average is what needs nothing; judge it with spectrum-compare'])
     best = max(found, key=lambda o: (o.mean, -len(o.repairs)))
     table = evidence().loc[[seen.index(o) for o in sorted(found, key=lambda o: -o.mean)]]
-    notes = [f"kept {best.mean:.3f} of the experts, {best.worst:.3f} of the worst task, with {best.models} models of this kind "
+    notes = [f"kept {best.mean:.3f} of the experts, {best.worst:.3f} of the worst task, with {best.models} models of this kind{', of one seed'*(best.seeds==1)} "
         f"(page experiments/{best.page.partition('_')[2]})"]
     if best.models!=f.models: notes.append(f"you have {f.models} models: expect {'less' if f.models>best.models else 'more'}")
     if f.moved and f.moved>_far: notes.append(f"the updates are {f.moved:.0%} of the base's length: averages of such models fail; fit layers "

@@ -9,8 +9,11 @@ from spectrum_merging.rules import recipe
 pages = Path(__file__).parents[1]/'nbs/experiments'
 
 def rows(page):
-    "Cells of all rows of tables that a page keeps"
+    "Cells of all rows of tables that a page keeps, in outputs and in Markdown"
     cells = json.loads((pages/f'{page}.ipynb').read_text(encoding='utf-8'))['cells']
+    for line in [o for c in cells if c['cell_type']=='markdown' for o in ''.join(c['source']).splitlines() if o.startswith('|')]:
+        # .5 in prose is 0.5 in a table of pandas
+        yield [re.sub(r'^\.', '0.', o.strip()) for o in line.strip('|').split('|')]
     found = [''.join(o.get('data', {}).get('text/html', '')) for c in cells for o in c.get('outputs', [])]
     for row in re.findall(r'<tr.*?>(.*?)</tr>', ' '.join(found), re.S):
         yield [html.unescape(re.sub('<.*?>', '', k)) for k in re.findall(r'<t[hd].*?>(.*?)</t[hd]>', row, re.S)]
