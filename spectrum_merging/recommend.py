@@ -28,6 +28,7 @@ class Seen:
     moved:float=None # Distance from the base, where it was unusual
     seeds:int=3 # Of the experts
 
+# %% ../nbs/76_recommend.ipynb #7e0000a7
 _vision,_emotion = '01_resnet_vision','02_bert_sst2_emotion'
 _many,_spoken = '07_eight_tasks','08_language_models'
 
