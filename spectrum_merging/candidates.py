@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from . import __version__, fitted
 from .evaluate import control_scans, controls
 from .files import atomic, cache_dir, digest, known_sha256
-from .judged import ideal, plain
+from .judged import ideal, plain, start_row
 from .merge import merge, task_state
 from .parallel import map_single_threaded
 from .plan import make_plan
@@ -48,7 +48,7 @@ class Row:
         "Whether it is another one with one more repair"
         return bool(row and self.repairs) and (row.strategy, row.repairs)==(self.strategy, self.repairs[:-1])
 
-experts,base,average = Row(ideal, 'reference'),Row('base', 'reference'),Row(plain, 'merge', 'standard')
+experts,base,average = Row(ideal, 'reference'),Row(start_row, 'reference'),Row(plain, 'merge', 'standard')
 references = experts,base,average
 
 _factors = .3, .5, .7, .9, 1.1

@@ -45,7 +45,7 @@ class _List(Action):
         for title,kind in (('--strategy: what each layer takes', 'layer'), ('--strategy: operations on matrices', 'matrix'),
                 ('--estimator: where noise ends', 'estimator')):
             print(title)
-            for text,said in rule_lines(kind): print(f"  {text:42} {said}")
+            for text,said in rule_lines(kind): print(f'  {text:42} {said}')
         parser.exit()
 
 _strategy,_estimator,_repair = Chosen(_read_strategy, _strategies, ''),Chosen(_read_estimator, _estimators, ''),Chosen(_read_repair)

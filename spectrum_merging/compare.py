@@ -116,7 +116,8 @@ def _check_names(models, base, data, text, label, unlabelled):
 # %% ../nbs/75_compare.ipynb #a1500001
 def _named(opened, origin, also):
     "Experts, base and merges made elsewhere under one set of names. Raises `ValueError`"
-    rows = {o.name for n in (2, 3) for o in comparison(n, True)} | {o.name for o in candidates.references} | {chance}
+    # of two experts, where all rows there are can be made
+    rows = {o.name for o in (*comparison(2, True), *candidates.references)} | {chance}
     if odd := [k for k in also if k in {*rows, *opened}]: raise ValueError(f"a merge made elsewhere is called {odd[0]!r}, as a row or a task is: give it another name")
     for k,o in also.items(): check_no_adapter(k, o)
     named,aligned = name_models(opened | {k: Checkpoint(o) for k,o in also.items()}, origin)

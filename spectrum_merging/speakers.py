@@ -12,11 +12,10 @@ import inspect, numpy as np, torch
 from dataclasses import replace
 from fastcore.basics import patch
 from functools import cached_property, partial
-from .checkpoint import Checkpoint
-from .classifiers import Classifiers, asked
+from .classifiers import BATCH, Classifiers, tried
 from .fitted import padded, token_rows
 from .heads import class_name
-from .judged import judged_losses, of_losses
+from .judged import drawn_anew, gain_kept, judged_losses, of_losses
 from torch.nn.functional import cross_entropy
 
 # %% ../nbs/73_speakers.ipynb #5bea0004
@@ -96,17 +95,10 @@ _numbers = 1<<25
 class Speakers(Classifiers):
     "Language models of one base: how well they foretell texts, and how well a merge does"
     words,answer,headed = of_losses,float,False
-    def __init__(self,
-        models:dict, # `{task: Checkpoint}` with one set of names, as `name_models` gives them
-        base:Checkpoint, # What they were fine-tuned from
-        networks:dict, # `{task: Network}`
-        data:dict, # `{task: OwnData}`
-    ):
-        "Raises `ValueError` where one has another vocabulary"
-        super().__init__(models, base, networks, data)
-        if self.heads: raise ValueError(f"{self.heads[0]} cannot be merged, since experts and base differ in it: language models are "
-            "compared where all have one vocabulary; resize their embeddings to one size, or take experts of one base")
-        self.rows_of = {}
+    @cached_property
+    def rows_of(self):
+        "`{(task, part): …}` that `counted` has found"
+        return {}
 
     @cached_property
     def tokens(self):
@@ -119,34 +111,28 @@ class Speakers(Classifiers):
         given = super().unlabelled
         return {t: replace(o, items=[shortened(self.networks[t], i, self.tokens) for i in o.items]) for t,o in given.items()}
 
-    def rows(self, task, part):
+    def counted(self, task, part):
         "What `counted_rows` gives of a part"
         if (task, part) not in self.rows_of:
             self.rows_of[task, part] = counted_rows(self.networks[task], self.data[task][part], self.longest(task))
         return self.rows_of[task, part]
 
 # %% ../nbs/73_speakers.ipynb #5bea000d
-# Texts in a batch, as many as classifiers are asked at a time
-_size = 64
-
 def _batch(network, rows, keep):
     "A batch of which only the last logits are asked for; networks that cannot leave out others give them all"
     return padded(network, rows) | dict(logits_to_keep=keep)
 
 @patch
-def cut(self:Speakers, task):
-    "How many texts are longer than what is read of them"
-    rows = [o for part in ('tune','test') if len(self.data[task].parts[part]) for o in self.rows(task, part)[0]]
-    return sum(len(o['input_ids'])>=self.longest(task) for o in rows)
+def _rows(self:Speakers, task, part): return self.counted(task, part)[0]
 
 @patch
 def _made(self:Speakers, task, part):
     "`(numbers of rows, what makes their batch)`; texts of which nothing counts are not asked"
-    net,(rows,n) = self.networks[task],self.rows(task, part)
+    net,(rows,n) = self.networks[task],self.counted(task, part)
     length,short = np.array([len(o['input_ids']) for o in rows]),'logits_to_keep' in inspect.signature(net.kind.forward).parameters
     order,words,parts = [i for i in np.argsort(-length, kind='stable').tolist() if n[i]],net.config.get_text_config().vocab_size,[]
     while order:
-        ix,long = np.array(order[:_size]),length[order[0]]
+        ix,long = np.array(order[:BATCH]),length[order[0]]
         # how many of the last places are needed where answers are short
         keep = np.maximum.accumulate(long-length[ix]+n[ix]+1 if short else np.full(len(ix), long))
         size = max(1, int((keep*np.arange(1, len(keep)+1)*words<=_numbers).sum()))
@@ -158,17 +144,17 @@ def _made(self:Speakers, task, part):
 @patch
 def understood(self:Speakers, task, part, ix, x, z):
     "Summed loss of each text"
-    return losses(z, x, self.rows(task, part)[1][ix])
+    return losses(z, x, self.counted(task, part)[1][ix])
 
 @patch
 def score(self:Speakers, task, said, part):
     "Loss per token"
-    return float(said.sum()/self.rows(task, part)[1].sum())
+    return float(said.sum()/self.counted(task, part)[1].sum())
 
 @patch
 def kept(self:Speakers, mine, own, start):
     "Share of what the expert gained over the base"
-    return (start-mine)/(start-own) if own<start else np.nan
+    return gain_kept(mine, own, start)
 
 @patch
 def same(self:Speakers, a, b):
@@ -178,43 +164,38 @@ def same(self:Speakers, a, b):
 @patch
 def tables(self:Speakers, said, about):
     "What `judged_losses` gives of `{row: {task: answers}}`"
-    return judged_losses(said, {t: self.rows(t, 'test')[1] for t in next(iter(said.values()))}, about)
+    return judged_losses(said, {t: self.counted(t, 'test')[1] for t in next(iter(said.values()))}, about)
 
 # %% ../nbs/73_speakers.ipynb #5bea000e
-def _gain(own, start, n):
-    "Loss per token of the base less the expert's, and the lower end of its 95 % interval"
-    drawn = np.random.default_rng(0).multinomial(len(n), np.full(len(n), 1/len(n)), 2000)
-    return float((start-own).sum()/n.sum()),float(np.quantile(drawn@(start-own)/(drawn@n), .025))
-
 @patch
 def doubts(self:Speakers, own, start):
     "No sentences. Raises `ValueError` for an expert that foretells its texts no better than the base"
     for t in own:
-        n = self.rows(t, 'tune')[1]
-        gain,least = _gain(own[t], start[t], n)
-        if least<=0: raise ValueError(f"{t}: on {len(n)} rows to choose by its expert has a loss of {self.score(t, own[t], 'tune'):.3f} per token, the base "
-            f"{self.score(t, start[t], 'tune'):.3f}: a gain of {gain:.3f}, at least {least:.3f}, leaves nothing to keep; pass texts of the kind "
+        n,(mine,base) = self.counted(t, 'tune')[1],(self.score(t, o[t], 'tune') for o in (own, start))
+        least = float(np.quantile(drawn_anew((start[t]-own[t])[:,None], n, np.random.default_rng(0)), .025))
+        if least<=0: raise ValueError(f"{t}: on {len(n)} rows to choose by its expert has a loss of {mine:.3f} per token, the base "
+            f"{base:.3f}: a gain of {base-mine:.3f}, at least {least:.3f}, leaves nothing to keep; pass texts of the kind "
             "that it was trained on (prompts as they were then), or leave it out")
     return []
 
-def _sees_ahead(module, x):
-    "Whether another last word of the first text changes what is said before it"
+def _sees_ahead(module, x, z, who):
+    "Whether another last word of the first text changes what is said before it, which was `z`"
     end,other = int(x['attention_mask'][0].sum())-1,x['input_ids'].clone()
     other[0,end] = (other[0,end]+1)%(int(other.max())+1)
-    a,b = (asked(module, x | dict(input_ids=o))[0,:end] for o in (x['input_ids'], other))
+    a,b = z[0,:end],tried(module, x | dict(input_ids=other), who)[0,:end]
     return float((a-b).abs().max())>1e-3*float(a.abs().max())
 
 @patch
 def try_out(self:Speakers):
-    "Ask each expert two texts. Raises `ValueError`"
+    "Ask each expert two texts. Raises `ValueError`, also where one has another vocabulary"
+    if self.heads: raise ValueError(f"{self.heads[0]} cannot be merged, since experts and base differ in it: language models are "
+        "compared where all have one vocabulary; resize their embeddings to one size, or take experts of one base")
     for t,o in self.networks.items():
         part,who = next(k for k,v in self.data[t].parts.items() if len(v)),f'{t}: {o.ckpt.label}'
-        rows,n = self.rows(t, part)
+        rows,n = self.counted(t, part)
         if not n.sum(): raise ValueError(f"{t}: no text has two tokens to {o.ckpt.label}: pass longer ones")
         x = padded(o, sorted(rows, key=lambda o: -len(o['input_ids']))[:2])
-        try: z,ahead = asked(self.experts[t], x),_sees_ahead(self.experts[t], x)
-        except (ValueError, RuntimeError, TypeError, IndexError) as e:
-            raise ValueError(f"{who} cannot be asked two texts: {' '.join(str(e).split())[:200]}") from e
+        z = tried(self.experts[t], x, who)
         if z.ndim!=3 or z.shape[:2]!=x['input_ids'].shape: raise ValueError(f"{who} answers {tuple(z.shape)} to texts of {tuple(x['input_ids'].shape)} tokens")
         if not z.isfinite().all(): raise ValueError(f"{who} answers NaN or Inf: train it again")
-        if ahead: raise ValueError(f"{who} sees the words that it is asked for ({o.kind.__name__} reads both ways): pass causal language models")
+        if _sees_ahead(self.experts[t], x, z, who): raise ValueError(f"{who} sees the words that it is asked for ({o.kind.__name__} reads both ways): pass causal language models")
